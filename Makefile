@@ -1,0 +1,35 @@
+# TORCH_INDEX: a package index with the torch build of your choice, for instance
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: setup demo test check bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt torch
+	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[data,plots,minilm,tensorboard]'
+	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt $(shell $(PYTHON) -c "import tomllib;print(*(f\"'{d}'\" for d in tomllib.load(open('pyproject.toml','rb'))['dependency-groups']['dev']))")
+	touch $@
+
+setup: $(VENV)/.installed  ## create .venv with everything
+
+demo: setup  ## train three tasks on one base and answer with all of them
+	$(BIN)/bitfit demo
+
+test: setup  ## the tests, without network, GPU or long runs
+	$(BIN)/python -m pytest
+
+check: setup  ## style, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## the benchmarks (minutes)
+	$(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,205 @@
+"""The bank: many tasks' bias vectors as the rows of one matrix.
+
+A row is the *difference* to the base, all sites end to end, so a zero row is the base. The layout
+says which stretch of a row belongs to which site.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfit.errors import TaskFileError, UnknownTask, UsageError
+from bitfit.terms import Site
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which stretch of a row belongs to which site; the sites stand in the row in this order."""
+
+    sites: tuple[Site, ...]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The number of values of each site."""
+        return [site.length for site in self.sites]
+
+    @cached_property
+    def n(self) -> int:
+        """The number of values in a row."""
+        return sum(self.lengths)
+
+    def split(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return the views ``(K, length)`` of ``rows`` ``(K, n)`` by module path.
+
+        One ``split`` and not a slice at each site: the backward of a slice writes a full-size
+        tensor of zeros, that of a split one tensor for all sites.
+        """
+        parts = torch.split(rows, self.lengths, dim=-1) if self.sites else ()
+        return {site.path: part for site, part in zip(self.sites, parts, strict=True)}
+
+    def expand(self, row: Tensor, into: Layout) -> Tensor:
+        """Return ``row`` ``(n,)`` in the order of the layout ``into``, zero at the sites it lacks.
+
+        Raises:
+            UsageError: a site of this layout is not in ``into``.
+        """
+        mine = self.split(row)
+        theirs = {site.path for site in into.sites}
+        if missing := [s.label for s in self.sites if s.path not in theirs]:
+            raise UsageError(f"the bank has no place for {', '.join(missing)}")
+        parts = [mine.get(s.path, row.new_zeros(s.length)) for s in into.sites]
+        return torch.cat(parts) if parts else row.new_zeros(0)
+
+    def to_json(self) -> list[list[Any]]:
+        """Return ``[[term, layers, length], ...]``: layers is ``"0-5"``, ``"1,3"`` or null."""
+        groups: dict[tuple[str, int], list[int | None]] = {}
+        for site in self.sites:
+            groups.setdefault((site.term, site.length), []).append(site.layer)
+        return [[term, _join_layers(layers), length] for (term, length), layers in groups.items()]
+
+    @classmethod
+    def from_json(cls, value: object, known: Iterable[Site]) -> Layout:
+        """Return the layout that ``value`` describes, its sites looked up among ``known``.
+
+        Raises:
+            TaskFileError: a site that the base does not have, or not in that length.
+        """
+        by_name = {(s.term, s.layer): s for s in known}
+        sites = []
+        for term, layers, length in parse_layout(value):
+            for layer in layers:
+                site = by_name.get((term, layer))
+                where = term if layer is None else f"{term}@{layer}"
+                if site is None:
+                    raise TaskFileError(f"the file has a bias {where}, this base has none there")
+                if site.length != length:
+                    raise TaskFileError(
+                        f"the file's {where} has {length} values, this base's {site.length}"
+                    )
+                sites.append(site)
+        return cls(tuple(sites))
+
+
+def parse_layout(value: object) -> list[tuple[str, list[int | None], int]]:
+    """Return ``(term, layers, length)`` of each entry of a layout as a task file holds it.
+
+    Raises:
+        TaskFileError: anything that :meth:`Layout.to_json` cannot have written.
+    """
+    entries = []
+    if not isinstance(value, list) or len(value) > 1000:
+        raise TaskFileError("the layout in the file is not a list of at most 1000 terms")
+    for entry in value:
+        match entry:
+            case [str(term), None | str() as layers, int(length)] if 0 < length <= 1 << 20:
+                entries.append((term, _split_layers(layers), length))
+            case _:
+                raise TaskFileError(f"the layout in the file has a bad entry {entry!r:.80}")
+    seen = [(term, layer) for term, layers, _ in entries for layer in layers]
+    if len(set(seen)) != len(seen):
+        raise TaskFileError("the layout in the file names a bias twice")
+    return entries
+
+
+def _join_layers(layers: Sequence[int | None]) -> str | None:
+    """``[0, 1, 2]`` -> ``"0-2"``, ``[1, 3]`` -> ``"1,3"``, ``[None]`` -> None."""
+    numbers = [layer for layer in layers if layer is not None]
+    if not numbers:
+        return None
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _split_layers(layers: str | None) -> list[int | None]:
+    if layers is None:
+        return [None]
+    found: list[int | None] = []
+    for run in layers.split(","):
+        first, dash, last = run.partition("-")
+        if not (first.isascii() and first.isdigit() and len(first) < 4):
+            raise TaskFileError(f"the layout in the file has bad layers {layers!r:.80}")
+        if dash and not (last.isascii() and last.isdigit() and len(last) < 4):
+            raise TaskFileError(f"the layout in the file has bad layers {layers!r:.80}")
+        found.extend(range(int(first), int(last if dash else first) + 1))
+    return found
+
+
+class Bank:
+    """Tasks by name, each a row of ``rows`` ``(capacity, n)``; rows are kept in fp32.
+
+    It grows in blocks and not by doubling, so that memory stays near what the rows need.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        self.rows = torch.zeros(0, layout.n, device=device)
+        self._index: dict[str, int] = {}
+        self._free: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks in the bank, in the order they were added."""
+        return list(self._index)
+
+    def add(self, name: str, row: Tensor) -> int:
+        """Copy ``row`` ``(n,)`` in under ``name`` and return its index.
+
+        Raises:
+            UsageError: the name is taken, or the row has another length.
+        """
+        if name in self._index:
+            raise UsageError(f"the bank already has a task {name!r}; remove it first")
+        if row.shape != (self.layout.n,):
+            raise UsageError(f"a row of this bank has {self.layout.n} values, not {row.numel()}")
+        if not self._free:
+            old = len(self.rows)
+            block = self.rows.new_zeros(self.BLOCK, self.layout.n)
+            self.rows = torch.cat([self.rows, block])
+            self._free = list(range(old + self.BLOCK - 1, old - 1, -1))
+        index = self._free.pop()
+        self.rows[index].copy_(row)
+        self._index[name] = index
+        return index
+
+    def remove(self, name: str) -> None:
+        """Forget ``name``; its row is zeroed and free for another.
+
+        Raises:
+            UnknownTask: there is no such task.
+        """
+        index = self.index(name)
+        del self._index[name]
+        self.rows[index].zero_()
+        self._free.append(index)
+
+    def index(self, name: str) -> int:
+        """Return the row of the task called ``name``.
+
+        Raises:
+            UnknownTask: there is no such task; the message has the nearest name. Never the base.
+        """
+        if name not in self._index:
+            near = difflib.get_close_matches(name, self._index, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UnknownTask(f"unknown task {name!r}.{hint} The bank holds {len(self)} task(s).")
+        return self._index[name]

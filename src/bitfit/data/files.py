@@ -1,0 +1,163 @@
+"""Which files hold which split, and in which format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitfit.data.config import DataConfig
+from bitfit.data.ptb import section_files
+from bitfit.errors import DataError, UsageError
+from bitfit.tasks import BuiltinTask
+
+SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".conllu": "conllu",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
+    ".bio": "conll",
+    ".json": "squad",
+    ".pos": "ptb",
+    ".tagged": "ptb",
+    ".mrg": "ptb",
+}
+_SPLIT_FILE = re.compile(r"(?:.*[-_.])?(train|dev|validation|valid|val|test)(?:-v1\.1)?")
+_SPLIT_WORDS = {"train": "train", "test": "test"}
+
+Files = dict[str, tuple[Path, ...]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The format and the files of each split that is there."""
+
+    format: str
+    files: Files
+    looked_in: str
+    """For messages: where a missing split was looked for."""
+
+
+def find_files(config: DataConfig) -> Layout:
+    """Return the format and files that ``config`` speaks of; nothing is opened yet.
+
+    Raises:
+        DataError: where nothing is at the path.
+        UsageError: where the format cannot be told.
+    """
+    data = Path(config.data)
+    if not data.exists():
+        hint = f"; a data set of the hub is written hub:{config.data}"
+        raise DataError(f"no such file or folder: {data}{hint if not data.suffix else ''}")
+    builtin = config.builtin
+    if data.is_file():
+        layout = Layout(_file_format(data, config), _single_file(data, config), str(data.parent))
+    elif builtin is not None and config.format in ("auto", builtin.layout):
+        layout = _builtin_layout(data, builtin)
+    else:
+        layout = _folder_layout(data, config)
+    return Layout(layout.format, layout.files | _named_files(config), layout.looked_in)
+
+
+def project_name(config: DataConfig) -> str:
+    """Return a name for a task of the user's own: that of its file or folder."""
+    path = Path(str(config.data)).resolve()
+    is_split = _SPLIT_FILE.fullmatch(path.stem) is not None and path.parent.name != ""
+    stem = (path.parent.name if is_split else path.stem).replace(":", "-")
+    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "task"
+
+
+def _single_file(data: Path, config: DataConfig) -> Files:
+    only = config.splits[0] if config.splits and len(config.splits) == 1 else "train"
+    is_named = {"dev": config.dev, "test": config.test}.get(only) is not None
+    return {"train" if is_named else only: (data,)}
+
+
+def _named_files(config: DataConfig) -> Files:
+    named: Files = {}
+    for split, path in (("dev", config.dev), ("test", config.test)):
+        if path is not None:
+            if not Path(path).is_file():
+                raise DataError(f"no such file: {path} ({split})")
+            named[split] = (Path(path),)
+    return named
+
+
+def _file_format(path: Path, config: DataConfig) -> str:
+    if config.format != "auto":
+        return config.format
+    builtin = config.builtin
+    if builtin is not None and builtin.layout == "glue" and path.suffix == ".tsv":
+        return "glue"
+    if path.suffix.lower() in SUFFIXES:
+        return SUFFIXES[path.suffix.lower()]
+    raise UsageError(
+        f"{path}: the format cannot be told from the name; name it with format: "
+        "csv, tsv, jsonl, parquet, conllu, conll, ptb or squad"
+    )
+
+
+def _builtin_layout(data: Path, builtin: BuiltinTask) -> Layout:
+    """Return the official files, in the task's folder below ``data`` or in ``data`` itself."""
+    names = {"train": builtin.train, "dev": builtin.dev, "test": builtin.test}
+    names |= {split: file for split, file, _ in builtin.extra_splits}
+    below = data / builtin.folder
+    folder = below if below.is_dir() else data
+    files: Files = {
+        s: (folder / name,) for s, name in names.items() if name and (folder / name).is_file()
+    }
+    looked = str(folder) if folder is below else f"{data} (there is no folder {below} either)"
+    return Layout(builtin.layout, files, looked)
+
+
+def _folder_layout(data: Path, config: DataConfig) -> Layout:
+    by_format: dict[str, Files] = {}
+    for path in sorted(data.iterdir()):
+        table_format = _listed_format(path, config.format)
+        match = _SPLIT_FILE.fullmatch(path.stem.lower())
+        if table_format is None or match is None or not path.is_file():
+            continue
+        split = _SPLIT_WORDS.get(match[1], "dev")
+        files = by_format.setdefault(table_format, {})
+        if split in files:
+            raise DataError(
+                f"{data}: both {files[split][0].name} and {path.name} look like {split}"
+            )
+        files[split] = (path,)
+    if config.format in ("auto", "ptb") and not by_format:
+        sections = section_files(data)
+        if sections:
+            by_format["ptb"] = sections
+    return _only_format(by_format, data, config)
+
+
+def _listed_format(path: Path, wanted: str) -> str | None:
+    found = SUFFIXES.get(path.suffix.lower())
+    if wanted == "glue" and found == "tsv":
+        return "glue"
+    if wanted == "conll" and found is None and path.suffix.lower() == ".txt":
+        return "conll"
+    return found if wanted in ("auto", found) else None
+
+
+def _only_format(by_format: dict[str, Files], data: Path, config: DataConfig) -> Layout:
+    if not by_format:
+        raise DataError(
+            f"{data}: no files such as train.csv, en-ud-train.conllu, train-v1.1.json or "
+            f"00/wsj_0001.pos{_names_in(data)}"
+        )
+    if len(by_format) > 1:
+        raise UsageError(f"{data} holds {' and '.join(sorted(by_format))}; name one with format")
+    found, files = next(iter(by_format.items()))
+    return Layout(found, files, str(data))
+
+
+def _names_in(data: Path, most: int = 8) -> str:
+    names: Iterable[str] = sorted(path.name for path in data.iterdir())
+    return f"; it holds {', '.join([*names][:most])}" if names else "; it is empty"

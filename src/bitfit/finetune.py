@@ -1,0 +1,317 @@
+"""The whole run on one page: data -> features -> encoder -> training -> task file and scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from bitfit.base import choose_device, load_base
+from bitfit.batches import make_features
+from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
+from bitfit.encoder import Encoder, measure_precision
+from bitfit.errors import TrainingInterrupted, UsageError
+from bitfit.heads import make_head
+from bitfit.methods import make_method
+from bitfit.outputs import Outcome, make_task_file, save_outcome
+from bitfit.settings import TrainConfig, rates_to_try, resolve_config
+from bitfit.tasks import Task
+from bitfit.train import EpochDone, Split, StepDone, Trainer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Training begins, or begins again with the next of several rates."""
+
+    task: Task
+    config: TrainConfig
+    encoder: Encoder
+    encoder_count: int
+    head_count: int
+    train: Split
+    dev: Split | None
+    resumed_at: int
+    """The step that a checkpoint goes on from, 0 for a fresh start."""
+    total_steps: int
+
+
+Event: TypeAlias = RunStarted | StepDone | EpochDone
+
+
+def finetune(
+    base: str | Encoder = "minilm",
+    *,
+    data: str | Path | DataConfig,
+    out: str | Path | None = None,
+    learning_rate: float | str | None = None,
+    recipe: str = "default",
+    name: str | None = None,
+    storage: Any = "fp32",
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    resume: bool = False,
+    train_score: bool = False,
+    licence: str | None = None,
+    description: str | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Outcome:
+    """Fine-tune ``base`` on ``data`` and return what came out, saved to ``out`` if given.
+
+    Ben Zaken et al. 2022, section 3: the encoder is frozen but for its bias vectors, and a small
+    head is trained with them.
+
+    Args:
+        base: ``"minilm"``, a directory, a name on the model hub, or an open :class:`Encoder`.
+        data: a file, a folder, a name on the data hub, or a whole :class:`DataConfig`.
+        out: the task file to write (for ``full`` a directory).
+        learning_rate: a rate, or ``"auto"``: the paper's four rates, chosen on dev.
+        recipe: ``"default"`` or ``"paper"``.
+        name: what the task is called; by default after the built-in task or the data file.
+        storage: how the file keeps its biases: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+        dtype: precision of the frozen weights: ``fp32``, ``bf16``, or ``auto``: measured.
+        device: ``auto``, ``cpu``, ``cuda``.
+        threads: CPU threads; None leaves torch's choice.
+        resume: go on from the checkpoint beside ``out``, if there is one.
+        train_score: also score the training rows (the paper's generalization gap).
+        licence: licence of the task file, kept in it.
+        description: a model card in free text, kept in the file.
+        on_event: told of every step and epoch.
+        should_stop: asked after every step; True saves a checkpoint and ends.
+        **options: fields of :class:`DataConfig` (``task``, ``text``, ``label``, ``limit``, ...) and
+            of :class:`TrainConfig` (``epochs``, ``terms``, ``method``, ``seed``, ...).
+
+    Raises:
+        UsageError: an option that cannot be meant.
+        DataError: a row that cannot be read, with file and line.
+        TrainingDiverged: the loss became NaN or infinite.
+        TrainingInterrupted: ``should_stop`` said so; the message says how to go on.
+
+    Example:
+        >>> outcome = finetune("minilm", data="tickets.csv", text="body", label="intent",
+        ...                    out="intent.bitfit.safetensors")  # doctest: +SKIP
+        >>> outcome.score  # doctest: +SKIP
+        0.93
+    """
+    began = time.perf_counter()
+    data_options, train_options = _sort_options(options)
+    if isinstance(data, DataConfig):
+        data_config = dataclasses.replace(data, **data_options)
+    else:
+        data_options.setdefault("seed", train_options.get("seed") or 0)
+        data_config = DataConfig(data=data, **data_options)
+    rates, learning_rate = _rates(learning_rate, train_options.get("method") or "bitfit")
+    config = resolve_config(recipe, learning_rate=learning_rate, **train_options)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _check_out(out, config)
+
+    dataset = read_dataset(data_config)
+    task = _named(dataset.task, name, data_config)
+    encoder = base if isinstance(base, Encoder) else open_encoder(base, dtype, device, config)
+    config = config.replace(max_length=encoder.clamp_length(config.max_length))
+    splits = {
+        split: _featurize(encoder, task, examples, config.max_length)
+        for split, examples in dataset.splits.items()
+        if split.startswith(("train", "dev"))
+    }
+
+    best: Trainer | None = None
+    candidates: list[dict[str, Any]] = []
+    trainers: list[Trainer] = []
+    for rate in rates or (config.learning_rate,):
+        trainer = _make_trainer(
+            encoder, task, config.replace(learning_rate=rate), splits, dataset,
+            _checkpoint(out, rate if rates else None),
+        )  # fmt: skip
+        trainers.append(trainer)
+        _train(trainer, resume, on_event, should_stop)
+        candidates.append({"learning_rate": rate, "score": trainer.progress.best_score})
+        if best is None or trainer.progress.best_score > best.progress.best_score:
+            best = trainer
+    assert best is not None
+
+    best.method.install()
+    try:
+        file = make_task_file(
+            best, splits, data_hash=dataset_hash(dataset.splits["train"]),
+            candidates=candidates if rates else None, train_score=train_score,
+            storage=storage, licence=licence, description=description,
+        )  # fmt: skip
+        if out is not None:
+            save_outcome(Path(out), best, file)
+            for trainer in trainers:
+                trainer.discard_checkpoint()
+    finally:
+        best.method.uninstall()
+    return Outcome(
+        file=file, trainer=best, dataset=dataset, path=None if out is None else Path(out),
+        seconds=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def open_encoder(
+    base: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    config: TrainConfig | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Encoder:
+    """Load ``base`` and return it as an encoder in the precision asked for.
+
+    ``auto`` measures this machine for some milliseconds; the methods that train matrices get fp32.
+
+    Raises:
+        UsageError: an unknown precision.
+        BaseModelError: the base cannot be loaded.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    place = choose_device(device)
+    loaded = load_base(base, revision=revision, trust_remote_code=trust_remote_code)
+    if dtype != "auto":
+        chosen = DTYPES[dtype]
+    elif config is not None and config.method not in ("bitfit", "frozen"):
+        chosen = torch.float32
+    else:
+        chosen = measure_precision(place, loaded.config.hidden_size).dtype
+    return Encoder(loaded, dtype=chosen, device=place)
+
+
+def _train(
+    trainer: Trainer,
+    resume: bool,
+    on_event: Callable[[Event], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> None:
+    """Run a trainer to its end; the encoder is as before afterwards."""
+    trainer.method.install()
+    try:
+        _run(trainer, resume, on_event, should_stop)
+    finally:
+        trainer.method.uninstall()
+
+
+def _run(
+    trainer: Trainer,
+    resume: bool,
+    on_event: Callable[[Event], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> None:
+    if resume:
+        trainer.resume()
+    if on_event is not None:
+        on_event(RunStarted(
+            trainer.task, trainer.config, trainer.encoder, trainer.method.encoder_count,
+            trainer.method.head_count, trainer.train, trainer.dev, trainer.progress.step,
+            trainer.total_steps,
+        ))  # fmt: skip
+    for event in trainer.run():
+        if on_event is not None:
+            on_event(event)
+        if should_stop is not None and isinstance(event, StepDone) and should_stop():
+            trainer.save()
+            where = f"at step {event.step} of {event.total}"
+            if trainer.checkpoint is None:
+                raise TrainingInterrupted(
+                    f"stopped {where}; nothing was saved, as no out was given"
+                )
+            raise TrainingInterrupted(
+                f"stopped {where}, saved to {trainer.checkpoint}; the same command with --resume "
+                "goes on from there"
+            )
+
+
+def _make_trainer(
+    encoder: Encoder,
+    task: Task,
+    config: TrainConfig,
+    splits: dict[str, Split],
+    dataset: Dataset,
+    checkpoint: Path | None,
+) -> Trainer:
+    head = make_head(task, encoder, config.pooling)
+    return Trainer(
+        encoder=encoder, task=task, head=head, method=make_method(encoder, head, config),
+        config=config, train=splits["train"], dev=splits.get("dev"), checkpoint=checkpoint,
+        identity={
+            "task": dataclasses.asdict(task),
+            "base": encoder.base.identity.sha256,
+            "tokenizer": encoder.base.tokenizer_sha256,
+            "train rows": dataset_hash(dataset.splits["train"]),
+            "dev rows": dataset_hash(dataset.splits.get("dev", ())),
+            "dtype": str(encoder.dtype),
+            "device": encoder.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+    )  # fmt: skip
+
+
+def _featurize(encoder: Encoder, task: Task, examples: Sequence[Any], max_length: int) -> Split:
+    return Split(examples, make_features(encoder.base.tokenizer, task, examples, max_length))
+
+
+def _sort_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword options into those of the data and those of the training."""
+    of_data = {f.name for f in dataclasses.fields(DataConfig)} - {"seed", "data"}
+    of_training = {f.name for f in dataclasses.fields(TrainConfig)} - {"recipe"}
+    for key in options:
+        if key not in of_data | of_training:
+            near = difflib.get_close_matches(key, of_data | of_training, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"unknown option {key!r}.{hint}")
+    given = {key: value for key, value in options.items() if value is not None}
+    return (
+        {key: value for key, value in given.items() if key in of_data},
+        {key: value for key, value in given.items() if key in of_training},
+    )
+
+
+def _rates(
+    learning_rate: float | str | None, method: str
+) -> tuple[tuple[float, ...] | None, float | None]:
+    """Return the rates to search over (None: no search) and the one that was given."""
+    if learning_rate == "auto":
+        return rates_to_try(method), None
+    if isinstance(learning_rate, str):
+        raise UsageError(f"learning_rate {learning_rate!r} is neither a number nor 'auto'")
+    return None, learning_rate
+
+
+def _check_out(out: str | Path | None, config: TrainConfig) -> None:
+    """Refuse a place that cannot be written before anything long begins."""
+    if out is None:
+        return
+    path = Path(out)
+    if config.method == "full":
+        if path.exists() and not (path / "bitfit.json").is_file() and any(path.iterdir()):
+            raise UsageError(
+                f"{path} exists and is no checkpoint of bitfit's: choose another --out"
+            )
+    elif path.is_dir():
+        raise UsageError(f"{path} is a directory; --out names the file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _named(task: Task, name: str | None, config: DataConfig) -> Task:
+    return task if name is None else dataclasses.replace(task, name=name)
+
+
+def _checkpoint(out: str | Path | None, rate: float | None) -> Path | None:
+    if out is None:
+        return None
+    suffix = ".checkpoint" if rate is None else f".lr-{rate:g}.checkpoint"
+    return Path(f"{out}{suffix}")

@@ -1,0 +1,243 @@
+"""The task heads: what stands on the encoder, its loss, and what its logits say.
+
+For BERT and RoBERTa the head has the shape and the names of transformers' own
+``...ForSequenceClassification``, ``...ForTokenClassification`` and ``...ForQuestionAnswering``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitfit.base import ROBERTA_LIKE
+from bitfit.batches import Batch, Feature
+from bitfit.encoder import DropoutBits, Encoder
+from bitfit.errors import UsageError
+from bitfit.tasks import Example, Kind, SpanExample, Task
+
+HeadStyle = Literal["linear", "roberta"]
+POOLINGS = ("auto", "pooler", "cls", "mean")
+# The standard evaluation of SQuAD v1.1: 20 best starts and ends, answers up to 30 tokens.
+N_BEST = 20
+MAX_ANSWER_TOKENS = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The shape of one task's head; its numbers are kept apart, as a dict of tensors."""
+
+    kind: Kind
+    num_outputs: int
+    hidden_size: int
+    pooling: str
+    """``pooler``, ``cls``, ``mean``; ``none`` where every token has logits."""
+    style: HeadStyle
+    dropout_rate: float
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor by its name in transformers' model."""
+        out, hidden = self.num_outputs, self.hidden_size
+        if self.kind == "span":
+            return {"qa_outputs.weight": (out, hidden), "qa_outputs.bias": (out,)}
+        if self.style == "roberta":
+            return {
+                "classifier.dense.weight": (hidden, hidden),
+                "classifier.dense.bias": (hidden,),
+                "classifier.out_proj.weight": (out, hidden),
+                "classifier.out_proj.bias": (out,),
+            }
+        return {"classifier.weight": (out, hidden), "classifier.bias": (out,)}
+
+    @property
+    def size(self) -> int:
+        """How many numbers the head has."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+    def init(self, seed: int, std: float = 0.02) -> Tensor:
+        """Return fresh numbers ``(size,)``: weights normal, biases zero, as transformers does."""
+        generator = torch.Generator().manual_seed(seed)
+        parts = [
+            torch.randn(shape, generator=generator).mul_(std).flatten()
+            if name.endswith("weight")
+            else torch.zeros(shape)
+            for name, shape in self.shapes.items()
+        ]
+        return torch.cat(parts)
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of ``flat`` ``(size,)`` by name."""
+        sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
+        parts = torch.split(flat, sizes)
+        return {
+            name: part.view(shape)
+            for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
+        }
+
+
+def make_head(task: Task, encoder: Encoder, pooling: str = "auto") -> Head:
+    """Return the head that ``task`` needs on ``encoder``.
+
+    Args:
+        task: what is learned.
+        encoder: the base it stands on.
+        pooling: ``auto`` takes what the base was made for.
+
+    Raises:
+        UsageError: an unknown pooling, or ``pooler`` on a base without one.
+    """
+    if pooling not in POOLINGS:
+        raise UsageError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+    if pooling == "pooler" and encoder.pooler is None:
+        raise UsageError(
+            f"base {encoder.base.name!r} has no pretrained pooler; use --pooling cls or mean"
+        )
+    whole_text = task.kind in ("classification", "regression", "multilabel")
+    pooling = encoder.base.pooling if pooling == "auto" else pooling
+    roberta = whole_text and pooling == "cls" and encoder.base.family in ROBERTA_LIKE
+    return Head(
+        kind=task.kind,
+        num_outputs=task.num_outputs,
+        hidden_size=encoder.hidden_size,
+        pooling=pooling if whole_text else "none",
+        style="roberta" if roberta else "linear",
+        dropout_rate=encoder.dropout_rate,
+    )
+
+
+def head_logits(
+    head: Head, weights: Mapping[str, Tensor], x: Tensor, dropout: DropoutBits | None
+) -> Tensor:
+    """Return logits ``(N, outputs)`` of pooled or token vectors ``x`` ``(N, hidden)``."""
+
+    def drop(x: Tensor) -> Tensor:
+        return x if dropout is None else x * dropout.scale(x, head.dropout_rate)
+
+    if head.kind == "span":  # transformers' question answering has no dropout before its head
+        return F.linear(x, weights["qa_outputs.weight"], weights["qa_outputs.bias"])
+    if head.style == "roberta":
+        x = F.linear(drop(x), weights["classifier.dense.weight"], weights["classifier.dense.bias"])
+        x = torch.tanh(x)
+        return F.linear(
+            drop(x), weights["classifier.out_proj.weight"], weights["classifier.out_proj.bias"]
+        )
+    return F.linear(drop(x), weights["classifier.weight"], weights["classifier.bias"])
+
+
+def word_positions(batch: Batch) -> tuple[Tensor, list[int]]:
+    """Return the token of each word that was not cut off, and how many words each sequence has."""
+    starts = batch.starts.tolist()
+    kept = [
+        start + f.word_starts[f.word_starts >= 0]
+        for start, f in zip(starts, batch.features, strict=True)
+        if f.word_starts is not None
+    ]
+    flat = torch.from_numpy(np.concatenate(kept))
+    return flat.to(batch.input_ids.device), [len(k) for k in kept]
+
+
+def batch_loss(
+    head: Head, logits: Tensor, batch: Batch, class_weights: Tensor | None = None
+) -> Tensor:
+    """Return the mean loss of a batch, a 0-d tensor.
+
+    Cross entropy; mean squared error on the raw value for regression (as the released code does
+    for STS-B); binary cross entropy for multilabel; the mean of start and end for spans.
+
+    Args:
+        head: whose logits they are.
+        logits: ``(B, outputs)``; tokens: one row per word; span: one row per token.
+        batch: where the labels are.
+        class_weights: ``(labels,)``, the weight of each class in the mean.
+    """
+    labels = [f.label for f in batch.features]
+    if head.kind == "classification":
+        target = torch.tensor(labels, device=logits.device)
+        return F.cross_entropy(logits, target, class_weights)
+    if head.kind == "regression":
+        return F.mse_loss(logits[:, 0], torch.tensor(labels, device=logits.device).float())
+    if head.kind == "multilabel":
+        target = torch.zeros_like(logits)
+        for row, indices in enumerate(labels):
+            target[row, list(indices)] = 1.0
+        return F.binary_cross_entropy_with_logits(logits, target, pos_weight=class_weights)
+    if head.kind == "tokens":
+        words = [f.label[f.word_starts >= 0] for f in batch.features if f.word_starts is not None]
+        target = torch.from_numpy(np.concatenate(words)).to(logits.device)
+        return F.cross_entropy(logits, target, class_weights)
+    return _span_loss(logits, batch, torch.tensor(labels, device=logits.device))
+
+
+def _span_loss(logits: Tensor, batch: Batch, target: Tensor) -> Tensor:
+    padded = logits[batch.padded_index].masked_fill(~batch.mask[:, :, None], -torch.inf)
+    starts, ends = padded.unbind(-1)  # each (B, L)
+    return (F.cross_entropy(starts, target[:, 0]) + F.cross_entropy(ends, target[:, 1])) / 2
+
+
+def read_predictions(
+    task: Task,
+    examples: Sequence[Example],
+    features: Sequence[Feature],
+    logits: Sequence[NDArray[np.float32]],
+) -> list[Any]:
+    """Return one prediction per example, as :func:`bitfit.metrics.compute_metrics` takes them.
+
+    A class index, a float, a tuple of class indices, a tuple of one class per word (-1 where the
+    word was cut off by the length limit: it counts as wrong), or the text of an answer.
+    """
+    if task.kind == "span":
+        return _read_spans(examples, features, logits)
+    if task.kind == "tokens":
+        return [_read_tokens(f, rows) for f, rows in zip(features, logits, strict=True)]
+    if task.kind == "classification":
+        return [int(row.argmax()) for row in logits]
+    if task.kind == "regression":
+        return [float(row[0]) for row in logits]
+    return [tuple(int(i) for i in np.flatnonzero(row > 0)) for row in logits]
+
+
+def _read_tokens(feature: Feature, rows: NDArray[np.float32]) -> tuple[int, ...]:
+    assert feature.word_starts is not None
+    tags = np.full(len(feature.word_starts), -1)
+    tags[feature.word_starts >= 0] = rows.argmax(axis=1) if len(rows) else []
+    return tuple(int(tag) for tag in tags)
+
+
+def _read_spans(
+    examples: Sequence[Example],
+    features: Sequence[Feature],
+    logits: Sequence[NDArray[np.float32]],
+) -> list[str]:
+    best: list[tuple[float, str]] = [(-np.inf, "")] * len(examples)
+    for feature, rows in zip(features, logits, strict=True):
+        example = examples[feature.example]
+        assert isinstance(example, SpanExample)
+        score, begin, end = best_span(feature, rows)
+        if score > best[feature.example][0]:
+            best[feature.example] = (score, example.context[begin:end])
+    return [text for _, text in best]
+
+
+def best_span(feature: Feature, rows: NDArray[np.float32]) -> tuple[float, int, int]:
+    """Return (score, first character, end character) of a window's best answer.
+
+    The score is the sum of the two logits, over the :data:`N_BEST` best starts and ends.
+    """
+    assert feature.offsets is not None
+    in_context = feature.offsets[:, 0] >= 0
+    scores = np.where(in_context[:, None], rows, -np.inf)
+    starts, ends = (np.argsort(-scores[:, i], kind="stable")[:N_BEST] for i in (0, 1))
+    best = (-np.inf, 0, 0)
+    for start in starts:
+        for end in ends:
+            score = float(scores[start, 0] + scores[end, 1])
+            if start <= end < start + MAX_ANSWER_TOKENS and score > best[0]:
+                best = (score, int(feature.offsets[start, 0]), int(feature.offsets[end, 1]))
+    return best

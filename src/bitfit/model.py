@@ -1,0 +1,341 @@
+"""Use task files: many tasks on one base, mixed in a batch, added and removed at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitfit.bank import Bank, Layout
+from bitfit.batches import Feature, make_features
+from bitfit.calibration import probabilities
+from bitfit.encoder import Encoder
+from bitfit.errors import TaskFileError, UsageError
+from bitfit.heads import Head, best_span, make_head, read_predictions
+from bitfit.identity import check_base, check_tokenizer
+from bitfit.inference import Logits, TaskHead, compute_logits
+from bitfit.metrics import compute_metrics
+from bitfit.taskfile import TaskFile
+from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample
+from bitfit.train import Split
+
+Text = str | tuple[str, str] | Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one task says of one input."""
+
+    task: str
+    """The name the task goes by in its model."""
+    label: str | None = None
+    """classification: the best label; None where the confidence was below the limit."""
+    confidence: float | None = None
+    """classification: calibrated probability of the best label, 0 to 1."""
+    scores: dict[str, float] | None = None
+    """Probability of each label (classification, multilabel)."""
+    labels: tuple[str, ...] | None = None
+    """multilabel: the labels above one half; tokens: one label per word, "" where it was cut."""
+    value: float | None = None
+    """regression: the number."""
+    answer: str | None = None
+    """span: the answer, a piece of the context."""
+    start: int | None = None
+    """span: where the answer begins in the context, in characters."""
+
+    @property
+    def text(self) -> str:
+        """The prediction in a word, as the command line prints it."""
+        if self.labels is not None:
+            return " ".join(label or "?" for label in self.labels)
+        if self.value is not None:
+            return f"{self.value:.3f}"
+        return self.answer if self.answer is not None else (self.label or "?")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that apply, with ``abstained`` where no label was sure enough."""
+        found = {key: value for key, value in vars(self).items() if value is not None}
+        if self.confidence is not None and self.label is None:
+            found |= {"label": None, "abstained": True}
+        return found
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task in a model: its file and its head, ready to run."""
+
+    file: TaskFile
+    head: TaskHead
+
+
+class Model:
+    """Tasks on one base. One forward pass takes a batch that mixes them in any way.
+
+    Args:
+        encoder: the base, from :func:`bitfit.open_encoder`.
+
+    Example:
+        >>> model = bitfit.load(["intent.bitfit.safetensors", "mood.bitfit.safetensors"])
+        ... # doctest: +SKIP
+        >>> model.predict(["Where is my order?"], task="intent")  # doctest: +SKIP
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        # Without a pooler in the base no row has one; frozen tasks have rows of nothing but zeros.
+        self.bank = Bank(Layout(encoder.sites), encoder.device)
+        self._tasks: dict[str, LoadedTask] = {}
+
+    @property
+    def tasks(self) -> dict[str, TaskFile]:
+        """The task files by name."""
+        return {name: task.file for name, task in self._tasks.items()}
+
+    def add(self, file: TaskFile | str | Path, name: str | None = None) -> str:
+        """Add a task under ``name`` (by default its own) and return that name.
+
+        Raises:
+            WrongBase: the file was made for another base; names the first tensor that differs.
+            WrongTokenizer: it was made with another tokenizer.
+            TaskFileError: the file is damaged, or does not fit this base.
+            UsageError: the name is taken.
+        """
+        file = file if isinstance(file, TaskFile) else TaskFile.load(file)
+        base = self.encoder.base
+        check_base(file.base, base.identity, base.tensor_names)
+        check_tokenizer(file.tokenizer, base.tokenizer_sha256)
+        head = make_head(file.task, self.encoder, _asked_pooling(file))
+        layout = Layout.from_json(file.layout, self.encoder.sites)
+        weights = _checked_head(head, file)
+        name = name or file.task.name
+        row = layout.expand(file.bias.to(self.encoder.device), self.bank.layout)
+        self.bank.add(name, row)
+        weights = {key: tensor.to(self.encoder.device) for key, tensor in weights.items()}
+        self._tasks[name] = LoadedTask(file, TaskHead(head, weights))
+        return name
+
+    def remove(self, name: str) -> None:
+        """Take a task out; the base is as it was before it came.
+
+        Raises:
+            UnknownTask: there is no such task.
+        """
+        self.bank.remove(name)
+        del self._tasks[name]
+
+    def task(self, name: str | None) -> LoadedTask:
+        """Return the task called ``name``; None means the only one.
+
+        Raises:
+            UnknownTask: there is no such task.
+            UsageError: None, and there are several.
+        """
+        if name is None:
+            if len(self._tasks) != 1:
+                known = ", ".join(self._tasks) or "none"
+                raise UsageError(f"say which task is meant; this model holds: {known}")
+            return next(iter(self._tasks.values()))
+        self.bank.index(name)
+        return self._tasks[name]
+
+    def predict(
+        self,
+        texts: Sequence[Text],
+        task: str | Sequence[str] | None = None,
+        *,
+        min_confidence: float = 0.0,
+    ) -> list[Prediction]:
+        """Return one prediction per text, in order.
+
+        Args:
+            texts: strings, pairs of strings, or examples. Span tasks take (question, context).
+            task: one task for all, or one per text; None where the model holds one task.
+            min_confidence: classification below this calibrated probability gives no label.
+
+        Raises:
+            UnknownTask: a task that is not in the model. Never answered by the base.
+            UsageError: a text that does not fit its task, or ``min_confidence`` outside 0 to 1.
+        """
+        if not 0 <= min_confidence <= 1:
+            raise UsageError(f"min_confidence is {min_confidence}; expected 0 to 1")
+        if isinstance(texts, str):
+            raise UsageError("texts is one string; give a list of texts")
+        names = self._names(texts, task)
+        examples = [
+            _as_example(self._tasks[n].file.task, t) for n, t in zip(names, texts, strict=True)
+        ]
+        features, logits = self.logits(examples, names)
+        return [
+            _predict_one(n, self._tasks[n].file, example, feature, values, min_confidence)
+            for n, example, feature, values in zip(names, examples, features, logits, strict=True)
+        ]
+
+    def logits(
+        self, examples: Sequence[Example], names: Sequence[str]
+    ) -> tuple[list[Feature], list[Logits]]:
+        """Return the feature and the logits of each example, mixed tasks in one batch.
+
+        A span example longer than the task's limit gives its best window.
+        """
+        owners: list[int] = []
+        features: list[Feature] = []
+        for name in dict.fromkeys(names):
+            mine = [i for i, other in enumerate(names) if other == name]
+            for feature in self._features(name, [examples[i] for i in mine]):
+                owners.append(mine[feature.example])
+                features.append(feature)
+        index = [self.bank.index(names[i]) for i in owners]
+        heads: dict[int, TaskHead] = {self.bank.index(n): self._tasks[n].head for n in set(names)}
+        logits = compute_logits(
+            self.encoder, features, self.bank.rows, self.bank.layout, heads, index
+        )
+        best: dict[int, tuple[Feature, Logits]] = {}
+        for owner, feature, values in zip(owners, features, logits, strict=True):
+            if owner not in best or _window_score(feature, values) > _window_score(*best[owner]):
+                best[owner] = (feature, values)
+        return [best[i][0] for i in range(len(names))], [best[i][1] for i in range(len(names))]
+
+    def evaluate(self, examples: Sequence[Example], task: str | None = None) -> dict[str, float]:
+        """Return the task's metrics over ``examples``, as fractions.
+
+        Raises:
+            UsageError: an example without an answer.
+        """
+        file = self.task(task).file
+        name = next(n for n, t in self._tasks.items() if t.file is file)
+        features = self._features(name, examples)
+        index = [self.bank.index(name)] * len(features)
+        heads = {self.bank.index(name): self._tasks[name].head}
+        logits = compute_logits(
+            self.encoder, features, self.bank.rows, self.bank.layout, heads, index
+        )
+        references = Split(examples, None).references  # type: ignore[arg-type]
+        if any(reference is None for reference in references):
+            raise UsageError("this split has no answers to compare with: use predict")
+        predictions = read_predictions(file.task, examples, features, logits)
+        return compute_metrics(file.task, predictions, references)
+
+    def _features(self, name: str, examples: Sequence[Example]) -> list[Feature]:
+        file = self._tasks[name].file
+        tokenizer = self.encoder.base.tokenizer
+        return make_features(tokenizer, file.task, examples, file.max_length).items
+
+    def _names(self, texts: Sequence[Text], task: str | Sequence[str] | None) -> list[str]:
+        if task is None or isinstance(task, str):
+            found = self.task(task)
+            name = next(n for n, t in self._tasks.items() if t is found)
+            return [name] * len(texts)
+        if len(task) != len(texts):
+            raise UsageError(f"{len(texts)} texts, but {len(task)} task names")
+        for name in dict.fromkeys(task):
+            self.bank.index(name)
+        return list(task)
+
+
+def load(
+    files: str | Path | Iterable[str | Path],
+    base: str | Encoder | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Model:
+    """Return a model with the tasks of one or several files on their common base.
+
+    Args:
+        files: one path or several.
+        base: where the base is; None takes the name that the first file gives.
+        dtype: precision of the frozen weights: ``fp32``, ``bf16``, ``auto``.
+        device: ``auto``, ``cpu``, ``cuda``.
+
+    Raises:
+        TaskFileError: a file that is damaged, or made for another base or tokenizer.
+        UsageError: two tasks of one name.
+    """
+    from bitfit.finetune import open_encoder
+
+    paths = [files] if isinstance(files, str | Path) else list(files)
+    if not paths:
+        raise UsageError("no task file was given")
+    loaded = [TaskFile.load(path) for path in paths]
+    if base is None:
+        base = loaded[0].base.name
+    if isinstance(base, str):
+        base = open_encoder(base, dtype, device, revision=loaded[0].base.revision)
+    model = Model(base)
+    for file in loaded:
+        model.add(file)
+    return model
+
+
+def _asked_pooling(file: TaskFile) -> str:
+    return "auto" if file.pooling == "none" else file.pooling
+
+
+def _checked_head(head: Head, file: TaskFile) -> dict[str, torch.Tensor]:
+    found = {key: tuple(tensor.shape) for key, tensor in file.head.items()}
+    if found != head.shapes:
+        raise TaskFileError(
+            f"task {file.task.name!r}: the head in the file is {found}, on this base it must be "
+            f"{head.shapes}"
+        )
+    return dict(file.head)
+
+
+def _as_example(task: Task, text: Text) -> Example:
+    """Return ``text`` as an example of the task's kind."""
+    if isinstance(text, TextExample) and task.kind in ("tokens", "span"):
+        pair = text.text_pair
+        text = text.text if pair is None else (text.text, pair)
+    if isinstance(text, str):
+        if task.is_pair:
+            raise UsageError(f"task {task.name!r} takes a pair of texts, got one: {text[:40]!r}")
+        return TokenExample(tuple(text.split())) if task.kind == "tokens" else TextExample(text)
+    if isinstance(text, tuple):
+        if not task.is_pair:
+            raise UsageError(f"task {task.name!r} takes one text, got a pair: {text[0][:40]!r}")
+        return SpanExample(*text) if task.kind == "span" else TextExample(*text)
+    if isinstance(text, TextExample) and (text.text_pair is not None) != task.is_pair:
+        wanted = "a pair of texts" if task.is_pair else "one text"
+        raise UsageError(f"task {task.name!r} takes {wanted}: {text.text[:40]!r}")
+    return text
+
+
+def _window_score(feature: Feature, logits: Logits) -> float:
+    return best_span(feature, logits)[0] if feature.offsets is not None else 0.0
+
+
+def _predict_one(
+    name: str,
+    file: TaskFile,
+    example: Example,
+    feature: Feature,
+    logits: Logits,
+    min_confidence: float,
+) -> Prediction:
+    task = file.task
+    if task.kind == "classification":
+        chances = probabilities(logits[None].astype(np.float64), file.temperature or 1.0)[0]
+        best = int(chances.argmax())
+        confidence = float(chances[best])
+        scores = {label: float(p) for label, p in zip(task.labels, chances, strict=True)}
+        label = task.labels[best] if confidence >= min_confidence else None
+        return Prediction(task=name, label=label, confidence=confidence, scores=scores)
+    if task.kind == "regression":
+        return Prediction(task=name, value=float(logits[0]))
+    if task.kind == "multilabel":
+        chances = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        scores = {label: float(p) for label, p in zip(task.labels, chances, strict=True)}
+        chosen = tuple(label for label, p in scores.items() if p > 0.5)
+        return Prediction(task=name, labels=chosen, scores=scores)
+    if task.kind == "tokens":
+        tags = read_predictions(task, [example], [feature], [logits])[0]
+        return Prediction(
+            task=name, labels=tuple(task.labels[tag] if tag >= 0 else "" for tag in tags)
+        )
+    assert isinstance(example, SpanExample)
+    _, begin, end = best_span(feature, logits)
+    return Prediction(task=name, answer=example.context[begin:end], start=begin)

@@ -1,0 +1,261 @@
+"""What a finished run leaves: a task file, a checkpoint directory, and the line that reports it."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitfit.base import encoder_tensors
+from bitfit.batches import make_features
+from bitfit.calibration import expected_calibration_error, fit_temperature, probabilities
+from bitfit.data import Dataset
+from bitfit.inference import Logits, TaskHead, compute_logits
+from bitfit.methods import RowMethod
+from bitfit.metrics import majority_score
+from bitfit.storage import atomic_write, pack_safetensors
+from bitfit.taskfile import StorageType, TaskFile
+from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample
+from bitfit.train import Split, Trainer
+
+# What a task answers to these is kept in its file, so that any machine can prove that it works.
+# They are neutral on purpose: a file must not carry its user's texts.
+_PROBE_TEXTS = (
+    ("It came a day early and works well.", "Everything arrived on time."),
+    ("This is not what I was promised!", "The promise was kept."),
+    ("Where?", "Who asked for it, and when?"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished run."""
+
+    file: TaskFile
+    """The task, in memory (for ``full`` and ``random`` without the matrices)."""
+    trainer: Trainer
+    dataset: Dataset
+    path: Path | None
+    """Where it was saved."""
+    seconds: float
+    """From reading the data to writing the file."""
+
+    @property
+    def score(self) -> float:
+        """The headline score on dev, a fraction; NaN without a dev set."""
+        return self.file.score
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the run as one object; scores are fractions."""
+        trainer, file = self.trainer, self.file
+        seconds = max(trainer.seconds, 1e-9)
+        references = trainer.dev.references if trainer.dev is not None else None
+        return {
+            "task": file.task.name,
+            "metric": file.task.metric,
+            "score": _number(file.score),
+            "scores": {k: _number(v) for k, v in file.scores.items()},
+            "majority": (
+                {}
+                if references is None
+                else {k: _number(v) for k, v in majority_score(file.task, references).items()}
+            ),
+            "method": trainer.config.method,
+            "terms": trainer.config.terms,
+            "seed": trainer.config.seed,
+            "learning_rate": trainer.config.learning_rate,
+            "recipe": trainer.config.recipe,
+            "epochs": len(trainer.progress.history),
+            "kept_epoch": trainer.kept_epoch,
+            "best_epoch": trainer.progress.best_epoch,
+            "best_score": _number(trainer.progress.best_score),
+            "history": trainer.progress.history,
+            "base": file.base.name,
+            "rows": {k: len(v) for k, v in self.dataset.splits.items()},
+            "held_out": self.dataset.held_out,
+            "skipped_rows": len(self.dataset.skipped),
+            "truncated_share": file.truncated_share,
+            "dtype": str(trainer.encoder.dtype).removeprefix("torch."),
+            "device": trainer.encoder.device.type,
+            "threads": torch.get_num_threads(),
+            "packed": trainer.encoder.packed,
+            "temperature": file.temperature,
+            "calibration": file.calibration,
+            "seconds": self.seconds,
+            "train_seconds": trainer.seconds,
+            "examples_per_second": trainer.sequences / seconds,
+            "tokens_per_second": trainer.tokens / seconds,
+            "peak_memory_bytes": peak_memory(trainer.encoder.device),
+            "trainable": {
+                "encoder": trainer.method.encoder_count,
+                "head": trainer.method.head_count,
+            },
+            "file": None if self.path is None else str(self.path),
+            "file_bytes": None if self.path is None else _size(self.path),
+        }
+
+
+def make_task_file(
+    trainer: Trainer,
+    splits: Mapping[str, Split],
+    *,
+    data_hash: str,
+    candidates: list[dict[str, Any]] | None,
+    train_score: bool,
+    storage: StorageType,
+    licence: str | None,
+    description: str | None,
+) -> TaskFile:
+    """Return the task file of a finished run: the kept epoch, scored, calibrated and probed."""
+    kept, base = trainer.keep(), trainer.encoder.base
+    scores: dict[str, float] = {}
+    temperature, calibration = None, None
+    if trainer.dev is not None:
+        scores, logits = trainer.evaluate(trainer.dev)
+        temperature, calibration = calibrate(trainer.task, trainer.dev, logits)
+    if "dev_mismatched" in splits:
+        more, _ = trainer.evaluate(splits["dev_mismatched"])
+        scores |= {f"{key}_mismatched": value for key, value in more.items()}
+    if train_score:
+        more, _ = trainer.evaluate(splits["train"])
+        scores |= {f"train_{key}": value for key, value in more.items()}
+    row, weights = trainer.method.trained()
+    recipe: dict[str, Any] = trainer.config.to_json() | {
+        "epochs_run": len(trainer.progress.history),
+        "kept_epoch": kept,
+        "best_epoch": trainer.progress.best_epoch,
+        "best_dev_score": _number(trainer.progress.best_score),
+        "stopped_early": trainer.progress.stopped,
+        "dtype": str(trainer.encoder.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "train_rows": len(trainer.train.examples),
+        "dev_rows": 0 if trainer.dev is None else len(trainer.dev.examples),
+    }
+    if candidates is not None:
+        recipe["rates_tried"] = [c | {"score": _number(c["score"])} for c in candidates]
+    return TaskFile(
+        task=trainer.task,
+        bias=row.cpu().clone(),
+        layout=trainer.method.layout.to_json(),
+        head={name: tensor.cpu().clone() for name, tensor in weights.items()},
+        head_style=trainer.head.style,
+        pooling=trainer.head.pooling,
+        max_length=trainer.config.max_length,
+        base=base.identity,
+        tokenizer=base.tokenizer_sha256,
+        method="frozen" if trainer.config.method == "frozen" else "bitfit",
+        terms=trainer.config.terms,
+        recipe=recipe,
+        scores=scores,
+        temperature=temperature,
+        calibration=calibration,
+        truncated_share=trainer.train.features.truncated_share,
+        data_hash=data_hash,
+        licence=licence,
+        description=description,
+        probes=_probes(trainer),
+        dtype=storage,
+    )
+
+
+def calibrate(
+    task: Task, dev: Split, logits: list[Logits]
+) -> tuple[float | None, dict[str, float] | None]:
+    """Return the temperature fitted on dev and the calibration error before and after it.
+
+    Of classification only; (None, None) for the other kinds.
+    """
+    if task.kind != "classification" or len(dev.examples) < 2:
+        return None, None
+    table, labels = np.stack(logits).astype(np.float64), np.asarray(dev.references)
+    temperature = fit_temperature(table, labels)
+    before, after = (
+        expected_calibration_error(probabilities(table, t), labels) for t in (1.0, temperature)
+    )
+    return temperature, {"ece_before": before, "ece_after": after}
+
+
+def probe_examples(task: Task) -> list[Example]:
+    """Return the neutral inputs whose logits a task file keeps."""
+    if task.kind == "span":
+        return [SpanExample(question=b, context=a) for a, b in _PROBE_TEXTS]
+    if task.kind == "tokens":
+        return [TokenExample(tuple(a.split())) for a, _ in _PROBE_TEXTS]
+    return [TextExample(a, b if task.is_pair else None) for a, b in _PROBE_TEXTS]
+
+
+def _probes(trainer: Trainer) -> list[dict[str, Any]]:
+    examples = probe_examples(trainer.task)
+    row, weights = trainer.method.trained()
+    features = make_features(
+        trainer.encoder.base.tokenizer, trainer.task, examples, trainer.config.max_length
+    )
+    heads = {0: TaskHead(trainer.head, weights)}
+    logits = compute_logits(
+        trainer.encoder, features.items, row[None], trainer.method.layout, heads
+    )
+    return [
+        {"text": a, "text_pair": b if trainer.task.is_pair else None, "logits": values.tolist()}
+        for (a, b), values in zip(_PROBE_TEXTS, logits, strict=True)
+    ]
+
+
+def save_outcome(out: Path, trainer: Trainer, file: TaskFile) -> None:
+    """Save a finished run: a task file, or what ``full`` or ``random`` trained, which is none.
+
+    ``full`` gives an ordinary checkpoint directory, which transformers and bitfit load as a base,
+    with the head beside it; ``random`` one safetensors file of indices and values.
+    """
+    method = trainer.method
+    if isinstance(method, RowMethod):
+        file.save(out, dtype=file.dtype)
+        return
+    note = json.dumps(
+        {"task": file.task.name, "labels": file.task.labels, "scores": file.scores,
+         "recipe": file.recipe, "base": file.base.to_json(), "pooling": file.pooling},
+        sort_keys=True, default=list,
+    )  # fmt: skip
+    if method.masks is None:
+        base = trainer.encoder.base
+        out.mkdir(parents=True, exist_ok=True)
+        base.config.save_pretrained(out)
+        base.tokenizer.save_pretrained(out)
+        tensors = encoder_tensors(trainer.encoder.model, trainer.encoder.pooler)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        atomic_write(out / "model.safetensors", pack_safetensors(tensors, "format", "pt"))
+        atomic_write(out / "head.safetensors", pack_safetensors(file.head, "bitfit_run", note))
+        atomic_write(out / "bitfit.json", note.encode())
+        return
+    chosen = {}
+    for name, parameter in method.parameters.items():
+        index = torch.nonzero(method.masks[name].flatten()).flatten().cpu()
+        chosen[f"indices.{name}"] = index
+        chosen[f"values.{name}"] = parameter.detach().flatten().cpu()[index]
+    heads = {f"head.{name}": tensor for name, tensor in file.head.items()}
+    atomic_write(out, pack_safetensors(chosen | heads, "bitfit_random", note))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory this process has held, in bytes: the GPU's, or the CPU's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.iterdir() if p.is_file())
+    return path.stat().st_size
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,122 @@
+"""How a run trains: one frozen dataclass, and the recipes that fill it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from bitfit.errors import UsageError
+
+Method = Literal["bitfit", "frozen", "full", "random", "released:random", "released:row_col"]
+Schedule = Literal["constant", "linear", "cosine"]
+Keep = Literal["best", "last"]
+
+# Ben Zaken et al. 2022, appendix A.2.
+PAPER_RATES: dict[str, tuple[float, ...]] = {
+    "bitfit": (1e-4, 4e-4, 7e-4, 1e-3),
+    "full": (1e-5, 2e-5, 3e-5, 5e-5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every choice that changes what a run learns. Written into the task file."""
+
+    recipe: str = "default"
+    """Which recipe filled what was not given."""
+    method: str = "bitfit"
+    """``bitfit``, ``frozen``, ``full``, ``random`` or a rule of the released code."""
+    terms: str = "all"
+    """Which biases: as ``bitfit.select_biases`` takes them."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW."""
+    epochs: int = 5
+    """Passes over the training rows."""
+    batch_size: int = 8
+    """Sequences in a step."""
+    schedule: Schedule = "linear"
+    """``constant``, ``linear`` or ``cosine`` decay to zero, after the warm-up."""
+    warmup_ratio: float = 0.06
+    """Share of all steps in which the rate rises linearly."""
+    max_grad_norm: float = 1.0
+    """Global norm that gradients are clipped at, row and head together; 0: no clipping."""
+    adam_eps: float = 1e-6
+    """AdamW's epsilon, added before bias correction as the released code's optimizer does."""
+    keep: Keep = "best"
+    """Which epoch goes into the file: the best on dev, or the last."""
+    patience: int | None = 3
+    """Stop after so many epochs without a better dev score; None: never."""
+    class_weights: str | None = None
+    """``balanced`` weighs each class by the inverse of its frequency; None: all alike."""
+    max_length: int = 128
+    """Tokens in a sequence, specials included; longer texts are cut."""
+    pooling: str = "auto"
+    """``auto``, ``pooler``, ``cls`` or ``mean``."""
+    seed: int = 0
+    """Order of the data, dropout and the head's first numbers."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant, naming the option."""
+        self._one_of("method", get_args(Method))
+        self._one_of("schedule", get_args(Schedule))
+        self._one_of("keep", get_args(Keep))
+        self._one_of("class_weights", (None, "balanced"))
+        for name, least, most in (
+            ("learning_rate", 0.0, 1.0), ("epochs", 1, 10_000), ("batch_size", 1, 100_000),
+            ("warmup_ratio", 0.0, 1.0), ("max_grad_norm", 0.0, 1e9), ("adam_eps", 0.0, 1.0),
+            ("max_length", 3, 100_000), ("seed", 0, 2**63 - 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise UsageError(f"{name} is {value}; expected {least} to {most}")
+        if self.learning_rate == 0.0:
+            raise UsageError("learning_rate is 0: nothing would be learned")
+        if self.patience is not None and self.patience < 1:
+            raise UsageError(f"patience is {self.patience}; expected at least 1, or none")
+
+    def _one_of(self, name: str, allowed: tuple[Any, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            shown = ", ".join(str(a) for a in allowed if a is not None)
+            raise UsageError(f"{name} is {getattr(self, name)!r}; expected one of {shown}")
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """Return a copy with ``changes``, checked."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return dataclasses.asdict(self)
+
+
+# What each recipe sets beside the defaults above. "paper": the protocol of the paper and of its
+# released code: constant rate, no early stopping, 16 epochs, the last epoch saved.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "epochs": 16, "schedule": "constant", "warmup_ratio": 0.0, "patience": None, "keep": "last",
+    },
+}  # fmt: skip
+
+
+def resolve_config(recipe: str = "default", **given: Any) -> TrainConfig:
+    """Return the recipe's configuration with what was given (not None) in its place.
+
+    Raises:
+        UsageError: an unknown recipe, or a value that cannot be meant.
+    """
+    if recipe not in RECIPES:
+        raise UsageError(f"unknown recipe {recipe!r}: {', '.join(RECIPES)}")
+    options = {key: value for key, value in given.items() if value is not None}
+    if options.get("method") == "full" and "learning_rate" not in options:
+        options["learning_rate"] = 3e-5
+    return TrainConfig(recipe=recipe, **(RECIPES[recipe] | options))
+
+
+def rates_to_try(method: str) -> tuple[float, ...]:
+    """Return the four rates of the paper's search for ``method`` (appendix A.2).
+
+    The paper gives rates for bias tuning and full fine-tuning; ``frozen`` and the random methods
+    are searched over the former.
+    """
+    return PAPER_RATES["full" if method == "full" else "bitfit"]

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+
+import pytest
+import torch
+
+from bitfit.errors import BitfitError, CorruptTaskFile
+from bitfit.storage import (
+    atomic_write,
+    dump_json,
+    pack_safetensors,
+    parse_json,
+    read_header,
+    unpack_safetensors,
+)
+
+
+def test_writing_makes_missing_folders_and_leaves_only_the_file(tmp_path):
+    path = tmp_path / "a" / "b" / "file.bin"
+    atomic_write(path, b"one")
+    atomic_write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["file.bin"]
+
+
+def test_written_file_has_the_permissions_of_an_ordinary_new_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    atomic_write(tmp_path / "file", b"")
+    modes = [stat.S_IMODE((tmp_path / n).stat().st_mode) for n in ("plain", "file")]
+    assert modes[0] == modes[1]
+
+
+def test_writing_through_a_link_keeps_the_link(tmp_path):
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    atomic_write(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_interrupted_write_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch, call, failure
+):
+    path = tmp_path / "file.bin"
+    atomic_write(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(os, call, fail)
+    expected = BitfitError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        atomic_write(path, b"new")
+    if expected is BitfitError:
+        assert str(path) in str(caught.value)
+        assert "No space left" in str(caught.value)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_write_onto_a_directory_or_below_a_file_is_an_error_with_the_path(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "file" / "below"):
+        with pytest.raises(BitfitError, match=str(path)):
+            atomic_write(path, b"new")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_packing_is_exact_and_gives_the_same_bytes_in_any_order():
+    tensors = {
+        "z": torch.randn(3, 4).T,
+        "a": torch.tensor([1, -2], dtype=torch.int8),
+        "empty": torch.zeros(0),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "b16": torch.randn(5).bfloat16(),
+    }
+    tensors["shared"] = tensors["b16"][1:]
+    data = pack_safetensors(tensors, "key", "text é")
+    assert data == pack_safetensors(dict(reversed(tensors.items())), "key", "text é")
+    found, text = unpack_safetensors(data, "key", source="x")
+    assert text == "text é"
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+
+
+def test_unpacking_raises_the_error_asked_for_and_names_the_kind_of_file():
+    with pytest.raises(BitfitError, match=r"here: not a bitfit checkpoint: 2 bytes") as caught:
+        unpack_safetensors(b"xy", "k", source="here", what="checkpoint", error=BitfitError)
+    assert not isinstance(caught.value, CorruptTaskFile)
+
+
+def test_a_second_metadata_key_is_refused():
+    header = json.dumps({"__metadata__": {"k": "1", "l": "2"}}).encode()
+    with pytest.raises(CorruptTaskFile, match="must be the one key 'k'"):
+        read_header(len(header).to_bytes(8, "little") + header, "k", source="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a":1,"a":2}', "'a' is given twice"),
+        ('{"a":{"b":1,"b":1}}', "'b' is given twice"),
+        ("[NaN]", "NaN"),
+        ("[-Infinity]", "Infinity"),
+        ("[1e999]", "out of range"),
+        ("[1] x", "Extra data"),
+        ('"\\ud800"', "surrogates"),
+        ("[" * 100_000, "nested too deeply"),
+        ("9" * 10_000, "digits"),
+        (b"\xff", "decode"),
+    ],
+)
+def test_json_that_readers_disagree_about_is_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+
+
+def test_json_is_written_sorted_compact_and_without_nan():
+    assert dump_json({"b": [1, 0.5], "a": "é"}) == '{"a":"é","b":[1,0.5]}'
+    for bad in (float("nan"), float("inf"), "\ud800"):
+        with pytest.raises(ValueError):
+            dump_json([bad])
