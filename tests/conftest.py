@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+# One thread: on tiny models two threads only wait for each other, the more on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from bitfit.encoder import Encoder
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +31,43 @@ def real_data() -> Callable[..., Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """A function from a family (and a seed) to the directory of its tiny random checkpoint."""
+    from tiny import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("bases")
+
+    @functools.cache
+    def make(family: str = "bert", seed: int = 0) -> str:
+        return make_checkpoint(folder, family, seed)
+
+    return make
+
+
+@pytest.fixture
+def open_tiny(checkpoint: Callable[..., str]) -> Callable[..., Encoder]:
+    """A function from a family to a fresh encoder of its tiny random base."""
+    from bitfit.base import load_base
+    from bitfit.encoder import Encoder
+
+    def open_it(family: str = "bert", seed: int = 0, **options: Any) -> Encoder:
+        return Encoder(load_base(checkpoint(family, seed)), **options)
+
+    return open_it
+
+
+@pytest.fixture
+def tickets(tmp_path: Path) -> Path:
+    """A small CSV of the tiny vocabulary's words whose label can be learned."""
+    random = np.random.default_rng(0)
+    lines = ["body,intent"]
+    for i in range(60):
+        word = ("good nice fast", "bad broken late")[i % 2].split()[random.integers(3)]
+        rest = random.choice("the a film bike order is was very we it this that".split(), 4)
+        lines.append(f"{' '.join([*rest[:2], word, *rest[2:]])},{('praise', 'complaint')[i % 2]}")
+    path = tmp_path / "tickets.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

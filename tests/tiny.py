@@ -64,12 +64,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def make_config(family: str, **changes: Any) -> Any:
+    """The configuration of a tiny base of ``family``."""
+    options = {"vocab_size": len(SPECIALS) + len(WORDS), "pad_token_id": 0}
+    return AutoConfig.for_model(family, **(options | _SMALL | CONFIGS[family] | changes))
+
+
 def make_checkpoint(folder: Path, family: str = "bert", seed: int = 0, **changes: Any) -> str:
     """Save a random base of ``family`` below ``folder`` and return its directory."""
-    tokenizer = make_tokenizer()
-    options = {"vocab_size": len(tokenizer), "pad_token_id": 0, **_SMALL, **CONFIGS[family]}
     torch.manual_seed(seed)
-    model = AutoModel.from_config(AutoConfig.for_model(family, **(options | changes)))
+    model = AutoModel.from_config(make_config(family, **changes))
     with torch.no_grad():  # fresh biases are zero, real ones are not
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -78,5 +82,5 @@ def make_checkpoint(folder: Path, family: str = "bert", seed: int = 0, **changes
                 parameter.normal_(0, 0.3 / parameter.shape[-1] ** 0.25)
     path = folder / f"{family}-{seed}"
     model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
     return str(path)

@@ -14,13 +14,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from bitfit.bank import Bank, Layout
     from bitfit.data import DataConfig, Dataset, read_dataset
+    from bitfit.encoder import open_encoder
     from bitfit.errors import BitfitError
-    from bitfit.finetune import finetune, open_encoder
     from bitfit.model import Model, Prediction, load
-    from bitfit.settings import TrainConfig
     from bitfit.taskfile import TaskFile
     from bitfit.tasks import Task
     from bitfit.terms import select_biases
+    from bitfit.training.finetune import finetune
+    from bitfit.training.settings import TrainConfig
     from bitfit.tuned import apply_task, task_from_model
 
 _HOMES = {
@@ -33,11 +34,11 @@ _HOMES = {
     "Prediction": "model",
     "Task": "tasks",
     "TaskFile": "taskfile",
-    "TrainConfig": "settings",
+    "TrainConfig": "training.settings",
     "apply_task": "tuned",
-    "finetune": "finetune",
+    "finetune": "training.finetune",
     "load": "model",
-    "open_encoder": "finetune",
+    "open_encoder": "encoder",
     "read_dataset": "data",
     "select_biases": "terms",
     "task_from_model": "tuned",

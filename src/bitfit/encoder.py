@@ -22,11 +22,20 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from bitfit.bank import Layout
-from bitfit.base import Base, max_positions, position_offset, quiet_transformers
+from bitfit.base import (
+    Base,
+    choose_device,
+    load_base,
+    max_positions,
+    position_offset,
+    quiet_transformers,
+)
 from bitfit.batches import Batch, Feature, pack
+from bitfit.errors import UsageError
 from bitfit.terms import Site
 
 PACKED = "bitfit_packed"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A probe passes below this, relative to the largest value. Rounding gives 1e-6, a fault 1e-1.
 PROBE_TOLERANCE = 1e-4
 
@@ -201,7 +210,8 @@ class Encoder:
         device: torch.device | None = None,
         packed: bool = True,
     ) -> None:
-        self.base, self.model, self.pooler = base, base.model, base.pooler
+        self.base, self.pooler = base, base.pooler
+        self.model: Any = base.model  # transformers' own classes are not typed
         self.dtype, self.device = dtype, device or torch.device("cpu")
         self.sites: tuple[Site, ...] = base.sites
         self.state = ForwardState()
@@ -450,6 +460,33 @@ def measure_precision(device: torch.device, hidden: int = 384, tokens: int = 512
         rates[name] = 2 * tokens * hidden * 4 * hidden / seconds / 1e9
     best = torch.bfloat16 if rates["bf16"] > 1.3 * rates["fp32"] else torch.float32
     return Precision(best, rates)
+
+
+def open_encoder(
+    base: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Encoder:
+    """Load ``base`` and return it as an encoder in the precision asked for.
+
+    ``auto`` measures this machine for some milliseconds.
+
+    Raises:
+        UsageError: an unknown precision.
+        BaseModelError: the base cannot be loaded.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    place = choose_device(device)
+    loaded = load_base(base, revision=revision, trust_remote_code=trust_remote_code)
+    if dtype != "auto":
+        chosen = DTYPES[dtype]
+    else:
+        chosen = measure_precision(place, loaded.config.hidden_size).dtype
+    return Encoder(loaded, dtype=chosen, device=place)
 
 
 def _best_time(call: Callable[[], Any], device: torch.device) -> float:

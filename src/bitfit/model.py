@@ -13,15 +13,14 @@ import torch
 from bitfit.bank import Bank, Layout
 from bitfit.batches import Feature, make_features
 from bitfit.calibration import probabilities
-from bitfit.encoder import Encoder
+from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import TaskFileError, UsageError
 from bitfit.heads import Head, best_span, make_head, read_predictions
 from bitfit.identity import check_base, check_tokenizer
 from bitfit.inference import Logits, TaskHead, compute_logits
 from bitfit.metrics import compute_metrics
 from bitfit.taskfile import TaskFile
-from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample
-from bitfit.train import Split
+from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample, references
 
 Text = str | tuple[str, str] | Example
 
@@ -213,11 +212,11 @@ class Model:
         logits = compute_logits(
             self.encoder, features, self.bank.rows, self.bank.layout, heads, index
         )
-        references = Split(examples, None).references  # type: ignore[arg-type]
-        if any(reference is None for reference in references):
+        answers = references(examples)
+        if any(answer is None for answer in answers):
             raise UsageError("this split has no answers to compare with: use predict")
         predictions = read_predictions(file.task, examples, features, logits)
-        return compute_metrics(file.task, predictions, references)
+        return compute_metrics(file.task, predictions, answers)
 
     def _features(self, name: str, examples: Sequence[Example]) -> list[Feature]:
         file = self._tasks[name].file
@@ -255,8 +254,6 @@ def load(
         TaskFileError: a file that is damaged, or made for another base or tokenizer.
         UsageError: two tasks of one name.
     """
-    from bitfit.finetune import open_encoder
-
     paths = [files] if isinstance(files, str | Path) else list(files)
     if not paths:
         raise UsageError("no task file was given")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bitfit.errors import UnknownTask, UsageError
 
@@ -53,6 +54,23 @@ class SpanExample:
 
 
 Example = TextExample | TokenExample | SpanExample
+
+
+def references(examples: Sequence[Example]) -> list[Any]:
+    """Return the right answers, as :func:`bitfit.metrics.compute_metrics` takes them.
+
+    A class index, a float, a tuple of class indices, one class per word, or the accepted answers;
+    None where an answer is not known.
+    """
+    answers: list[Any] = []
+    for example in examples:
+        if isinstance(example, SpanExample):
+            answers.append(example.answers)
+        elif isinstance(example, TokenExample):
+            answers.append(example.labels)
+        else:
+            answers.append(example.label)
+    return answers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from bitfit.batches import make_features
 from bitfit.calibration import expected_calibration_error, fit_temperature, probabilities
 from bitfit.data import Dataset
 from bitfit.inference import Logits, TaskHead, compute_logits
-from bitfit.methods import RowMethod
 from bitfit.metrics import majority_score
 from bitfit.storage import atomic_write, pack_safetensors
 from bitfit.taskfile import StorageType, TaskFile
-from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample
-from bitfit.train import Split, Trainer
+from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample, references
+from bitfit.training.methods import RowMethod
+from bitfit.training.train import Split, Trainer
 
 # What a task answers to these is kept in its file, so that any machine can prove that it works.
 # They are neutral on purpose: a file must not carry its user's texts.
@@ -57,7 +57,7 @@ class Outcome:
         """Return the run as one object; scores are fractions."""
         trainer, file = self.trainer, self.file
         seconds = max(trainer.seconds, 1e-9)
-        references = trainer.dev.references if trainer.dev is not None else None
+        answers = references(trainer.dev.examples) if trainer.dev is not None else None
         return {
             "task": file.task.name,
             "metric": file.task.metric,
@@ -65,8 +65,8 @@ class Outcome:
             "scores": {k: _number(v) for k, v in file.scores.items()},
             "majority": (
                 {}
-                if references is None
-                else {k: _number(v) for k, v in majority_score(file.task, references).items()}
+                if answers is None
+                else {k: _number(v) for k, v in majority_score(file.task, answers).items()}
             ),
             "method": trainer.config.method,
             "terms": trainer.config.terms,
@@ -175,7 +175,7 @@ def calibrate(
     """
     if task.kind != "classification" or len(dev.examples) < 2:
         return None, None
-    table, labels = np.stack(logits).astype(np.float64), np.asarray(dev.references)
+    table, labels = np.stack(logits).astype(np.float64), np.asarray(references(dev.examples))
     temperature = fit_temperature(table, labels)
     before, after = (
         expected_calibration_error(probabilities(table, t), labels) for t in (1.0, temperature)

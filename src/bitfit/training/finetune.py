@@ -12,19 +12,16 @@ from typing import Any, TypeAlias
 
 import torch
 
-from bitfit.base import choose_device, load_base
 from bitfit.batches import make_features
 from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
-from bitfit.encoder import Encoder, measure_precision
+from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted, UsageError
 from bitfit.heads import make_head
-from bitfit.methods import make_method
-from bitfit.outputs import Outcome, make_task_file, save_outcome
-from bitfit.settings import TrainConfig, rates_to_try, resolve_config
 from bitfit.tasks import Task
-from bitfit.train import EpochDone, Split, StepDone, Trainer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from bitfit.training.methods import make_method
+from bitfit.training.outputs import Outcome, make_task_file, save_outcome
+from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
+from bitfit.training.train import EpochDone, Split, StepDone, Trainer
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,9 @@ def finetune(
 
     dataset = read_dataset(data_config)
     task = _named(dataset.task, name, data_config)
-    encoder = base if isinstance(base, Encoder) else open_encoder(base, dtype, device, config)
+    if dtype == "auto" and config.method not in ("bitfit", "frozen"):
+        dtype = "fp32"  # methods that train matrices do it in full precision
+    encoder = base if isinstance(base, Encoder) else open_encoder(base, dtype, device)
     config = config.replace(max_length=encoder.clamp_length(config.max_length))
     splits = {
         split: _featurize(encoder, task, examples, config.max_length)
@@ -158,36 +157,6 @@ def finetune(
         file=file, trainer=best, dataset=dataset, path=None if out is None else Path(out),
         seconds=time.perf_counter() - began,
     )  # fmt: skip
-
-
-def open_encoder(
-    base: str,
-    dtype: str = "auto",
-    device: str = "auto",
-    config: TrainConfig | None = None,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Encoder:
-    """Load ``base`` and return it as an encoder in the precision asked for.
-
-    ``auto`` measures this machine for some milliseconds; the methods that train matrices get fp32.
-
-    Raises:
-        UsageError: an unknown precision.
-        BaseModelError: the base cannot be loaded.
-    """
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    place = choose_device(device)
-    loaded = load_base(base, revision=revision, trust_remote_code=trust_remote_code)
-    if dtype != "auto":
-        chosen = DTYPES[dtype]
-    elif config is not None and config.method not in ("bitfit", "frozen"):
-        chosen = torch.float32
-    else:
-        chosen = measure_precision(place, loaded.config.hidden_size).dtype
-    return Encoder(loaded, dtype=chosen, device=place)
 
 
 def _train(

@@ -19,8 +19,8 @@ from bitfit.bank import Layout
 from bitfit.encoder import BankedLinear, Encoder
 from bitfit.errors import NoBiases, UsageError
 from bitfit.heads import Head
-from bitfit.settings import Method, TrainConfig
 from bitfit.terms import Site, choose_sites
+from bitfit.training.settings import Method, TrainConfig
 
 
 class RowMethod:

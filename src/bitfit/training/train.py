@@ -24,11 +24,11 @@ from bitfit.encoder import DropoutBits, Encoder
 from bitfit.errors import BitfitError, TrainingDiverged
 from bitfit.heads import Head, batch_loss, head_logits, read_predictions
 from bitfit.inference import Logits, TaskHead, compute_logits, head_inputs
-from bitfit.methods import MatrixMethod, RowMethod
 from bitfit.metrics import compute_metrics
-from bitfit.settings import TrainConfig
 from bitfit.storage import atomic_write, pack_safetensors, unpack_safetensors
-from bitfit.tasks import Example, SpanExample, Task, TokenExample
+from bitfit.tasks import Example, Task, references
+from bitfit.training.methods import MatrixMethod, RowMethod
+from bitfit.training.settings import TrainConfig
 
 BETAS = (0.9, 0.999)
 CHECKPOINT_SECONDS = 30.0
@@ -40,18 +40,6 @@ class Split:
 
     examples: Sequence[Example]
     features: Features
-
-    @property
-    def references(self) -> list[Any]:
-        """The right answers, as :func:`bitfit.metrics.compute_metrics` takes them."""
-        return [
-            e.answers
-            if isinstance(e, SpanExample)
-            else e.labels
-            if isinstance(e, TokenExample)
-            else e.label
-            for e in self.examples
-        ]
 
 
 @dataclass(frozen=True)
@@ -373,4 +361,4 @@ def score_logits(task: Task, split: Split, logits: Sequence[Logits]) -> dict[str
     """Return the task's metrics of ``logits``, one entry per feature of ``split``."""
     items = split.features.items
     predictions = read_predictions(task, split.examples, items, logits)
-    return compute_metrics(task, predictions, split.references)
+    return compute_metrics(task, predictions, references(split.examples))

@@ -1,0 +1,192 @@
+"""What the commands share: where things are printed, tables, one line of JSON, and signals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from bitfit.errors import BitfitError
+
+
+@dataclass
+class _State:
+    debug: bool = False
+    """Whether errors show their traceback."""
+
+
+STATE = _State()
+
+
+def output() -> Console:
+    """Return a console on standard output; without a terminal nothing is cut to 80 columns."""
+    return _console(sys.stdout)
+
+
+def messages() -> Console:
+    """Return a console on standard error."""
+    return _console(sys.stderr)
+
+
+def _console(file: IO[str]) -> Console:
+    width = None if file.isatty() else 200
+    return Console(file=file, width=width, markup=False, highlight=False, emoji=False)
+
+
+def error(message: str) -> None:
+    """Print an error on standard error."""
+    messages().print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Print a message on standard error."""
+    messages().print(Text(message), soft_wrap=True)
+
+
+def say(message: str, style: str = "") -> None:
+    """Print a line of a result on standard output."""
+    output().print(Text(message, style=style), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` on standard output as one line of JSON; what is not finite is null."""
+    sys.stdout.write(json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` with None in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None
+) -> None:
+    """Print rows as a table; columns of numbers (named with a leading ``>``) stand right."""
+    table = Table(title=title and Text(title), title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(Text(column.lstrip(">"), "bold"), justify="right" if right else "left")
+    for row in rows:  # as Text: a user's "[red]" is text and no markup
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    output().print(table)
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Print names with their values, those that are not None."""
+    rows = [(Text(f"  {key}", "dim"), value) for key, value in facts.items() if value is not None]
+    table = Table(title=Text(title, "bold"), title_justify="left", box=None, show_header=False)
+    for row in rows:
+        table.add_row(row[0], Text(str(row[1])))
+    if rows:
+        output().print(table)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a score as a reader wants it; ``–`` where there is none."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in a unit that suits it."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``42 s``, ``3 min 20 s`` or ``2 h 5 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    minutes, rest = divmod(total, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def progress(*more: TextColumn) -> Progress:
+    """Return a progress bar on standard error; ``more`` columns stand before the time left."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(markup=False),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+        *more,
+        TimeRemainingColumn(),
+        console=messages(),
+        transient=True,
+    )
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM while training: the first asks it to stop, the second ends at once.
+
+    Before :attr:`running` there is nothing to save, and the first ends at once too.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.running = False, False
+
+    def __enter__(self) -> Interruption:
+        self._before = {
+            s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number_, handler in self._before.items():
+            signal.signal(number_, handler)
+
+    def _on_signal(self, number_: int, frame: FrameType | None) -> None:
+        if self.asked or not self.running:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step and saving it; once more aborts at once\n")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """Open ``path`` for writing; it is there when all is written, or as it was before.
+
+    Raises:
+        BitfitError: it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name[:150]}.{secrets.token_hex(6)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("x", encoding="utf-8", newline="")
+    except OSError as problem:
+        raise BitfitError(f"{path}: cannot be written: {problem.strerror}") from problem
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as problem:
+        temporary.unlink(missing_ok=True)
+        if isinstance(problem, OSError):
+            raise BitfitError(f"{path}: cannot be written: {problem.strerror}") from problem
+        raise

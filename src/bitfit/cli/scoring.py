@@ -1,0 +1,155 @@
+"""Behind ``bitfit eval``, and how every command opens task files on their base."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitfit.cli import console, options
+from bitfit.data import DataConfig, dataset_hash, hold_out, read_dataset
+from bitfit.encoder import DTYPES, open_encoder
+from bitfit.errors import BaseModelError, UsageError
+from bitfit.metrics import majority_score
+from bitfit.model import Model
+from bitfit.taskfile import TaskFile
+from bitfit.tasks import BUILTIN_TASKS, BuiltinTask, Example
+from bitfit.training.finetune import DTYPES, open_encoder
+from bitfit.training.outputs import majority_score
+
+
+def open_model(
+    files: Sequence[TaskFile],
+    base: str | None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    names: Sequence[str] | None = None,
+) -> Model:
+    """Return a model with ``files`` on their base, under ``names`` or their own.
+
+    Raises:
+        BaseModelError: the base cannot be loaded; says how to name it.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    wanted = files[0].base
+    try:
+        encoder = open_encoder(base or wanted.name, dtype, device, revision=wanted.revision)
+    except BaseModelError as error:
+        if base is not None:
+            raise
+        raise BaseModelError(
+            f"{error} The task file says that its base is {wanted.name!r}; where that is a folder "
+            "of yours, name it with --base FOLDER."
+        ) from error
+    model = Model(encoder)
+    for file, name in zip(files, names or [f.task.name for f in files], strict=True):
+        model.add(file, name)
+    return model
+
+
+def trained_dtype(file: TaskFile, dtype: str) -> str:
+    """Return ``dtype``, for ``auto`` the precision that the file was trained in, if it says so."""
+    if dtype != "auto":
+        return dtype
+    known = {str(value).removeprefix("torch."): name for name, value in DTYPES.items()}
+    return known.get(str(file.recipe.get("dtype")), "auto")
+
+
+def builtin_of(file: TaskFile) -> BuiltinTask | None:
+    """Return the built-in task that a file was made for, if it was."""
+    found = BUILTIN_TASKS.get(file.task.name)
+    same = found is not None and (found.task.kind, found.task.labels) == (
+        file.task.kind, file.task.labels,
+    )  # fmt: skip
+    return found if same else None
+
+
+def evaluate(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of a task file on a split of some data."""
+    began = time.perf_counter()
+    file = TaskFile.load(given["file"])
+    config = _data_config(file, given)
+    splits, notes = _read(file, config)
+    dtype = trained_dtype(file, given["dtype"])
+    model = open_model(
+        [file], given["base"], dtype=dtype, device=given["device"], threads=given["threads"]
+    )
+    scores: dict[str, float] = {}
+    for split, examples in splits.items():
+        more = "_mismatched" if split != given["split"] else ""
+        scores |= {f"{key}{more}": v for key, v in model.evaluate(examples).items()}
+    examples = splits[given["split"]]
+    return {
+        "task": file.task.name, "metric": file.task.metric,
+        "score": scores.get(file.task.metric, math.nan), "scores": scores,
+        "majority": majority_score(file.task, references(examples)),
+        "trained_scores": file.scores, "split": given["split"], "rows": len(examples),
+        "notes": notes, "base": file.base.name,
+        "dtype": str(model.encoder.dtype).removeprefix("torch."),
+        "device": model.encoder.device.type, "seconds": time.perf_counter() - began,
+        "file": str(given["file"]),
+    }  # fmt: skip
+
+
+def _data_config(file: TaskFile, given: Mapping[str, Any]) -> DataConfig:
+    """The same data as in training: the file knows the task, the labels and the seed."""
+    builtin = builtin_of(file)
+    own: dict[str, Any] = {"seed": int(file.recipe.get("seed") or 0)}
+    if given["task"] is None and builtin is not None:
+        own["task"] = builtin.task.name
+    elif given["task"] is None:
+        own |= {"kind": file.task.kind, "labels": file.task.labels or None}
+    split = given["split"]
+    extra = builtin is not None and builtin.extra_splits and split == "dev"
+    found = options.data_config(given, **own, splits=(split,))
+    if extra and (Path(found.data) / builtin.folder / "dev_mismatched.tsv").is_file():  # type: ignore[union-attr]
+        own["splits"] = ("dev", "dev_mismatched")
+        found = options.data_config(given, **own)
+    return found
+
+
+def _read(file: TaskFile, config: DataConfig) -> tuple[dict[str, Sequence[Example]], list[str]]:
+    """Return the splits to score, without rows that the task was trained on."""
+    dataset = read_dataset(config)
+    if (dataset.task.kind, dataset.task.labels) != (file.task.kind, file.task.labels):
+        raise UsageError(
+            f"this data is {dataset.task.kind} with the labels {', '.join(dataset.task.labels)}; "
+            f"the task file is {file.task.kind} with {', '.join(file.task.labels)}"
+        )
+    splits, notes = dict(dataset.splits), []
+    if dataset.skipped:
+        notes.append(f"{len(dataset.skipped)} bad row(s) left out")
+    if "dev" in splits and Path(config.data).is_file() and config.dev is None:
+        rest, held = (splits["dev"], ()) if config.dev_fraction == 0 else hold_out(
+            splits["dev"], config.dev_fraction, config.seed
+        )  # fmt: skip
+        if held and dataset_hash(rest) == file.data_hash:
+            splits["dev"] = held
+            notes.append("the file it was trained on: scored on the rows that were held out")
+    if any(dataset_hash(part) == file.data_hash for part in splits.values()):
+        notes.append("these are the rows it was trained on")
+    return splits, notes
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print what ``evaluate`` returned."""
+    title = f"{report['task']}: {report['rows']:,} rows of {report['split']}"
+    rows = [
+        (name, console.number(value), console.number(report["majority"].get(name)),
+         console.number(report["trained_scores"].get(name)))
+        for name, value in report["scores"].items()
+    ]  # fmt: skip
+    console.print_table(("metric", ">score", ">majority", ">in the file"), rows, title=title)
+    for line in report["notes"]:
+        console.note(f"note: {line}")
+    console.say(
+        f"{report['base']}, {report['dtype']} on {report['device']}, "
+        f"{console.duration(report['seconds'])}"
+    )

@@ -1,0 +1,83 @@
+"""Behind ``bitfit demo``: its progress and its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.progress import Progress, TextColumn
+
+from bitfit.cli import console
+from bitfit.demo import DemoResult, DemoStarted, run_demo
+from bitfit.training.finetune import Event, RunStarted
+from bitfit.training.train import EpochDone, StepDone
+
+
+class _Progress:
+    """One bar for the run at work; without a terminal a line per run."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Progress | None = None
+        if not quiet and console.messages().is_terminal:
+            self.bar = console.progress(TextColumn("{task.fields[dev]}", markup=False))
+            self.row = self.bar.add_task("loading the base", total=None, dev="")
+
+    def __enter__(self) -> _Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, event: DemoStarted | Event) -> None:
+        if isinstance(event, DemoStarted):
+            how = "a head on the frozen base" if event.method == "frozen" else "biases and a head"
+            self.title = f"{event.run}/{event.runs} {event.task}: {how}"
+            if self.bar is None and not self.quiet:
+                console.note(self.title)
+        elif self.bar is not None and isinstance(event, RunStarted):
+            self.bar.reset(self.row, total=event.total_steps, description=self.title, dev="")
+        elif self.bar is not None and isinstance(event, StepDone):
+            self.bar.update(self.row, completed=event.step)
+        elif self.bar is not None and isinstance(event, EpochDone):
+            scores = ", ".join(f"{k} {v:.3f}" for k, v in list(event.scores.items())[:1])
+            self.bar.update(self.row, dev=f"dev {scores}")
+
+
+def run(folder: Path, *, base: str, quick: bool, quiet: bool) -> DemoResult:
+    """Run the demo with its progress on standard error."""
+    with _Progress(quiet) as progress:
+        return run_demo(folder, base=base, quick=quick, on_event=progress)
+
+
+def show(result: DemoResult, folder: Path) -> None:
+    """Print the two tables, and what to try next."""
+    rows = [
+        (r["task"], r["classes"], f"{r['score']:.3f}", f"{r['majority']:.3f}", f"{r['frozen']:.3f}",
+         f"{r['trained']:,} + {r['head']:,}", console.size(r["file_bytes"]),
+         f"{r['seconds']:.0f}")
+        for r in result.tasks
+    ]  # fmt: skip
+    columns = ("task", ">classes", ">score", ">majority", ">frozen base", ">trained + head",
+               ">file", ">seconds")  # fmt: skip
+    metric = result.tasks[0]["metric"]
+    console.print_table(columns, rows, title=f"dev {metric} of three tasks on one base")
+    console.say(
+        "\nNew sentences, each answered by all three tasks in one mixed batch "
+        f"({result.answer_seconds * 1000:.0f} ms):"
+    )
+    answers = [
+        (text, *(f"{a.text} {a.confidence:.2f}" for a in found))
+        for text, found in zip(result.sentences, result.answers, strict=True)
+    ]
+    console.print_table(("text", *(a.task for a in result.answers[0])), answers)
+    files = " ".join(str(folder / f"{row['task']}.bitfit.safetensors") for row in result.tasks)
+    first = result.tasks[0]["file"]
+    console.say(
+        f"\nThe files are in {folder.resolve()}. Took {console.duration(result.seconds)}. Next:"
+    )
+    console.say(f'  bitfit predict {files} "your own sentence"')
+    console.say(f"  bitfit inspect {first} --check")
+    console.say("  bitfit train --data your.csv --text COLUMN --label COLUMN")

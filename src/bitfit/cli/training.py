@@ -1,0 +1,385 @@
+"""Behind ``bitfit train``: options to a run, its progress, and its summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, get_args
+
+import torch
+from rich.progress import Progress, TextColumn
+
+from bitfit.cli import console, options
+from bitfit.data import DataConfig, read_dataset
+from bitfit.data.files import project_name
+from bitfit.errors import BitfitError, MissingExtra, UsageError
+from bitfit.taskfile import StorageType
+from bitfit.training.finetune import Event, RunStarted, finetune, open_encoder
+from bitfit.training.outputs import Outcome
+from bitfit.training.settings import resolve_config
+from bitfit.training.train import EpochDone, StepDone
+
+# What finetune takes beside the data, under the same names as the options.
+_PASSED_ON = (
+    "name recipe storage dtype device threads resume train_score licence description epochs "
+    "batch_size seed terms method max_length pooling schedule warmup_ratio max_grad_norm "
+    "class_weights keep"
+).split()
+
+
+def run(given: Mapping[str, Any]) -> Outcome:
+    """Train as the options say and return the outcome."""
+    arguments = _arguments(given)
+    _tell_place(arguments["out"], given)
+    with console.Interruption() as interruption, Watch(given, interruption) as watch:
+        outcome = finetune(**arguments, on_event=watch, should_stop=lambda: interruption.asked)
+    if outcome.dataset.skipped:
+        _list_skipped(outcome.dataset.skipped)
+    return outcome
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    if given["storage"] not in get_args(StorageType):
+        raise UsageError(
+            f"--storage {given['storage']!r} is not one of {', '.join(get_args(StorageType))}"
+        )
+    config = options.data_config(given)
+    arguments = {key: given[key] for key in _PASSED_ON}
+    arguments["learning_rate"] = options.parse_rate(given["learning_rate"])
+    arguments["patience"] = _patience(given)
+    arguments["data"] = config
+    arguments["out"] = given["out"] or _default_out(config, given)
+    arguments["base"] = given["base"]
+    if given["revision"] or given["trust_remote_code"]:
+        if given["threads"]:
+            torch.set_num_threads(given["threads"])
+        arguments["base"] = open_encoder(
+            given["base"], given["dtype"], given["device"],
+            resolve_config(given["recipe"], method=given["method"]),
+            revision=given["revision"], trust_remote_code=given["trust_remote_code"],
+        )  # fmt: skip
+    return arguments
+
+
+def _patience(given: Mapping[str, Any]) -> int | None:
+    """``--patience 0`` means never: as many epochs as there are can never pass without a best."""
+    if given["patience"] != 0:
+        return given["patience"]  # type: ignore[no-any-return]
+    return resolve_config(given["recipe"], epochs=given["epochs"]).epochs
+
+
+def _default_out(config: DataConfig, given: Mapping[str, Any]) -> Path:
+    builtin = config.builtin
+    name = given["name"] or (builtin.task.name if builtin else project_name(config))
+    method = given["method"] or "bitfit"
+    if method in ("bitfit", "frozen"):
+        return Path(f"{name}.bitfit.safetensors")
+    return Path(f"{name}-full" if method == "full" else f"{name}.random.safetensors")
+
+
+def _tell_place(out: Path, given: Mapping[str, Any]) -> None:
+    if given["out"] is None and not given["quiet"]:
+        console.note(f"writing to {out.resolve()} (--out chooses another place)")
+    found = sorted(out.parent.glob(f"{out.name}*.checkpoint")) if out.parent.is_dir() else []
+    if found and not given["resume"]:
+        console.note(f"{found[0]} of an interrupted run is replaced; --resume would go on from it")
+    if given["resume"] and not found:
+        console.note(f"no checkpoint beside {out}: starting anew")
+
+
+def _list_skipped(rows: Any, most: int = 20) -> None:
+    console.note(f"{len(rows)} bad row(s) left out:")
+    for row in rows[:most]:
+        console.note(f"  {row}")
+    if len(rows) > most:
+        console.note(f"  and {len(rows) - most} more")
+
+
+# ------------------------------------------------------------------ progress
+
+
+class Watch:
+    """Follows a run: a bar on a terminal, a line per epoch elsewhere, logs where asked for."""
+
+    def __init__(self, given: Mapping[str, Any], interruption: console.Interruption) -> None:
+        self.quiet = given["quiet"]
+        self.interruption = interruption
+        self.many_rates = given["learning_rate"] == "auto"
+        self.board_folder: Path | None = given["tensorboard"]
+        self.board: Any = None
+        self.log = _open_log(given["log"])
+        self.bar: Progress | None = None
+        self.shown = 0.0
+        if self.board_folder is not None:
+            _board_class()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.interruption.running = False
+        if self.bar is not None:
+            self.bar.stop()
+        if self.log is not None:
+            self.log.close()
+        if self.board is not None:
+            self.board.close()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, RunStarted):
+            self._begin(event)
+        elif isinstance(event, StepDone):
+            self._step(event)
+        else:
+            self._epoch(event)
+
+    def _begin(self, event: RunStarted) -> None:
+        self.run, self.began, self.tokens = event, time.perf_counter(), 0
+        self.interruption.running = True
+        self._open_board()
+        if self.quiet:
+            return
+        console.note(_headline(event, self.many_rates))
+        if event.resumed_at:
+            console.note(f"resumed at step {event.resumed_at} of {event.total_steps}")
+        if not console.messages().is_terminal:
+            return
+        if self.bar is None:
+            columns = ("loss", "speed", "dev")
+            self.bar = console.progress(
+                *(TextColumn("{task.fields[" + name + "]}", markup=False) for name in columns)
+            )
+            self.bar.start()
+        for old in self.bar.task_ids:
+            self.bar.remove_task(old)
+        self.row = self.bar.add_task(
+            event.task.name, total=event.total_steps, completed=event.resumed_at,
+            loss="", speed="", dev="",
+        )  # fmt: skip
+
+    def _step(self, event: StepDone) -> None:
+        self.tokens += event.tokens
+        if self.board is not None and event.step % 10 == 0:
+            self.board.add_scalar("train/loss", float(event.loss), event.step)
+        now = time.perf_counter()
+        # Reading the loss waits for a GPU: a few times a second is enough.
+        if self.bar is None or (now - self.shown < 0.2 and event.step < event.total):
+            return
+        self.shown = now
+        speed = self.tokens / max(now - self.began, 1e-9)
+        self.bar.update(
+            self.row, completed=event.step, loss=f"loss {float(event.loss):.3f}",
+            speed=f"{speed:,.0f} tokens/s",
+        )  # fmt: skip
+
+    def _epoch(self, event: EpochDone) -> None:
+        metric = self.run.task.metric
+        score = console.number(event.scores.get(metric)) if event.scores else None
+        if self.bar is not None and score is not None:
+            self.bar.update(self.row, dev=f"dev {metric} {score}")
+        self._record(event)
+        if self.quiet:
+            return
+        seconds = console.duration(time.perf_counter() - self.began)
+        parts = [
+            f"epoch {event.epoch}/{self.run.config.epochs}: loss {event.train_loss:.4f}",
+            f"dev {metric} {score}{' (best so far)' if event.is_best else ''}" if score else "",
+            "no better for long: stopped early" if event.stopped else "",
+            seconds,
+        ]
+        line = ", ".join(part for part in parts if part)
+        # Above the bar, where there is one.
+        if self.bar is not None:
+            self.bar.console.print(line, soft_wrap=True)
+        else:
+            console.note(line)
+
+    def _record(self, event: EpochDone) -> None:
+        if self.log is not None:
+            line = {
+                "task": self.run.task.name, "method": self.run.config.method,
+                "learning_rate": self.run.config.learning_rate, "seed": self.run.config.seed,
+                "epoch": event.epoch, "step": event.step, "train_loss": event.train_loss,
+                "scores": event.scores, "is_best": event.is_best, "stopped": event.stopped,
+                "seconds": time.perf_counter() - self.began,
+            }  # fmt: skip
+            self.log.write(json.dumps(console.finite(line), allow_nan=False) + "\n")
+            self.log.flush()
+        if self.board is not None:
+            self.board.add_scalar("train/epoch_loss", event.train_loss, event.step)
+            for name, value in event.scores.items():
+                self.board.add_scalar(f"dev/{name}", value, event.step)
+
+    def _open_board(self) -> None:
+        if self.board_folder is None:
+            return
+        if self.board is not None:
+            self.board.close()
+        below = f"lr-{self.run.config.learning_rate:g}" if self.many_rates else ""
+        self.board = _board_class()(log_dir=str(self.board_folder / below))
+
+
+def _open_log(path: Path | None) -> IO[str] | None:
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise BitfitError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _board_class() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtra("--tensorboard", "tensorboard") from None
+    return SummaryWriter
+
+
+def _headline(event: RunStarted, many_rates: bool) -> str:
+    rate = f", learning rate {event.config.learning_rate:g}" if many_rates else ""
+    dev = "no dev rows" if event.dev is None else f"{len(event.dev.examples):,} dev rows"
+    return (
+        f"{event.task.name}: {len(event.train.examples):,} training rows, {dev}; training "
+        f"{event.encoder_count:,} values of {event.encoder.base.name} and a head of "
+        f"{event.head_count:,} in {event.total_steps:,} steps{rate}"
+    )
+
+
+# ------------------------------------------------------------------ before and after
+
+
+class _Planned(Exception):
+    """Raised where training would begin."""
+
+    def __init__(self, event: RunStarted) -> None:
+        super().__init__("planned")
+        self.event = event
+
+
+def plan(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run would do, without a step of it and without writing anything."""
+    arguments = _arguments(given)
+    out = arguments.pop("out")
+
+    def stop(event: Event) -> None:
+        assert isinstance(event, RunStarted)
+        raise _Planned(event)
+
+    try:
+        finetune(**arguments, on_event=stop)
+    except _Planned as planned:
+        event = planned.event
+    dataset = read_dataset(arguments["data"])
+    encoder = event.encoder
+    rates = 4 if arguments["learning_rate"] == "auto" else 1
+    return {
+        "task": event.task.name, "kind": event.task.kind, "labels": list(event.task.labels),
+        "metric": event.task.metric, "columns": dict(dataset.columns),
+        "rows": {split: len(examples) for split, examples in dataset.splits.items()},
+        "held_out": dataset.held_out, "skipped_rows": [str(row) for row in dataset.skipped],
+        "sources": {split: list(files) for split, files in dataset.sources.items()},
+        "truncated_share": event.train.features.truncated_share,
+        "base": encoder.base.name, "packed": encoder.packed,
+        "dtype": str(encoder.dtype).removeprefix("torch."), "device": encoder.device.type,
+        "threads": torch.get_num_threads(),
+        "trainable": {"encoder": event.encoder_count, "head": event.head_count},
+        "steps": event.total_steps, "runs": rates, "config": event.config.to_json(),
+        "file": str(out),
+    }  # fmt: skip
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """Print what a run would do."""
+    config, trainable = plan["config"], plan["trainable"]
+    rates = "four rates, chosen on dev" if plan["runs"] > 1 else f"rate {config['learning_rate']:g}"
+    dev = " (dev held out of train)" if plan["held_out"] else ""
+    facts = {
+        "task": f"{plan['task']}, {plan['kind']}, scored by {plan['metric']}",
+        "labels": f"{len(plan['labels'])}: {short_list(plan['labels'])}"
+        if plan["labels"]
+        else None,
+        "columns": ", ".join(f"{k} = {v}" for k, v in plan["columns"].items()) or None,
+        "rows": ", ".join(f"{k} {v:,}" for k, v in plan["rows"].items()) + dev,
+        "bad rows": f"{len(plan['skipped_rows'])} left out" if plan["skipped_rows"] else None,
+        "cut texts": f"{plan['truncated_share']:.1%} of train at {config['max_length']} tokens",
+        "base": f"{plan['base']}, {plan['dtype']} on {plan['device']}, "
+        f"{'packed' if plan['packed'] else 'padded'}, {plan['threads']} thread(s)",
+        "trains": f"{config['method']} ({config['terms']}): {trainable['encoder']:,} values of the "
+        f"encoder, {trainable['head']:,} in the head",
+        "steps": f"{plan['steps']:,} of {config['batch_size']} rows in {config['epochs']} epochs, "
+        f"{rates}, {config['schedule']} schedule, seed {config['seed']}",
+        "file": plan["file"],
+    }
+    console.print_facts("dry run: nothing is trained", facts)
+    for row in plan["skipped_rows"][:20]:
+        console.say(f"  left out: {row}")
+
+
+def short_list(names: Any, most: int = 12) -> str:
+    """Return names between commas, the first of them where there are many."""
+    shown = ", ".join(names[:most])
+    return f"{shown}, ... ({len(names) - most} more)" if len(names) > most else shown
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """Print what a run gave, and how to use it."""
+    report = outcome.to_json()
+    metric, trainable = report["metric"], report["trainable"]
+    console.say(f"{report['task']}: {_score_line(report)}", style="bold")
+    others = {k: v for k, v in report["scores"].items() if k != metric}
+    encoder = outcome.trainer.encoder
+    total = sum(p.numel() for p in encoder.model.parameters())
+    speed = (
+        f"{report['examples_per_second']:,.0f} rows/s, {report['tokens_per_second']:,.0f} tokens/s"
+    )
+    facts = {
+        "also": ", ".join(f"{k} {console.number(v)}" for k, v in others.items()) or None,
+        "epoch": _epoch_line(report),
+        "cut texts": f"{report['truncated_share']:.1%}" if report["truncated_share"] else None,
+        "trained": f"{trainable['encoder']:,} values of the encoder "
+        f"({trainable['encoder'] / total:.3%} of {total:,}), {trainable['head']:,} in the head",
+        "time": f"{console.duration(report['seconds'])}, training "
+        f"{console.duration(report['train_seconds'])}: {speed}",
+        "file": f"{report['file']}, {console.size(report['file_bytes'] or 0)}",
+        "use it": _how_to_use(outcome),
+    }
+    console.print_facts("", facts)
+
+
+def _score_line(report: Mapping[str, Any]) -> str:
+    metric = report["metric"]
+    if not report["scores"]:
+        return "no dev rows, so no score; --dev or --dev-fraction gives one"
+    majority = report["majority"].get(metric)
+    beside = "" if majority is None else f" (always the majority: {console.number(majority)})"
+    where = "held-out rows" if report["held_out"] else "dev"
+    return f"{metric} {console.number(report['score'])} on {where}{beside}"
+
+
+def _epoch_line(report: Mapping[str, Any]) -> str:
+    history, metric = report["history"], report["metric"]
+    last = history[-1]["dev"].get(metric) if history and history[-1]["dev"] else None
+    line = f"{report['kept_epoch']} of {report['epochs']} is kept"
+    if last is None:
+        return line
+    best = f"best {console.number(report['best_score'])} in epoch {report['best_epoch']}"
+    return f"{line} ({best}, last {console.number(last)})"
+
+
+def _how_to_use(outcome: Outcome) -> str | None:
+    if outcome.trainer.config.method not in ("bitfit", "frozen"):
+        return (
+            f"bitfit train --base {outcome.path} ..."
+            if outcome.path and outcome.path.is_dir()
+            else None
+        )
+    task = outcome.file.task
+    if task.kind == "span":
+        return f"bitfit predict {outcome.path} $'the question\\tthe context'"
+    text = "$'one text\\tthe other'" if task.is_pair else '"a text"'
+    return f"bitfit predict {outcome.path} {text}"

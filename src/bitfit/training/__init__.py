@@ -1,0 +1,1 @@
+"""Training: settings, what a method trains, the loop, and the whole run in ``finetune``."""
