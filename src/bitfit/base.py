@@ -77,7 +77,7 @@ def load_base(name: str, *, revision: str | None = None, trust_remote_code: bool
     """
     from transformers import AutoModel, AutoTokenizer
 
-    source = _source(name)
+    source = find_base(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet_transformers():
         try:
@@ -124,7 +124,15 @@ def encoder_tensors(model: nn.Module, pooler: nn.Module | None) -> dict[str, Ten
     return tensors
 
 
-def _source(name: str) -> str | Path:
+def find_base(name: str) -> str | Path:
+    """Return what transformers' ``from_pretrained`` takes for the base called ``name``.
+
+    For people who load the model themselves: ``minilm`` is a folder of an installed package.
+
+    Raises:
+        BaseModelError: a path with nothing there.
+        MissingExtra: ``minilm`` without its package.
+    """
     if name == "minilm":
         return _packaged_minilm()
     path = Path(name).expanduser()

@@ -43,20 +43,25 @@ def task_from_model(
         base: where the base is, as ``bitfit.finetune`` takes it.
         task: what was learned: kind, label names.
         terms: the terms that were trained.
-        pooling: ``pooler``, ``cls`` or ``mean``; None: ``pooler`` where the model has one for its
-            head, else ``cls``.
+        pooling: what the head reads: ``pooler``, ``cls`` or ``mean``; None: ``pooler`` where the
+            encoder has one, else ``cls``, as transformers' own classes do.
         max_length: where texts are cut, in tokens.
         recipe: how it was trained, kept in the file.
         scores: metric -> fraction on dev, kept in the file.
         description: a model card in free text, kept in the file.
 
     Raises:
-        UsageError: the model has no head of a known name, or something beside the chosen terms
-            was changed.
+        UsageError: the model has no head of a known name, something beside the chosen terms was
+            changed, or the model has parameters that a task file has no place for.
     """
     base = load_base(base) if isinstance(base, str) else base
     encoder: nn.Module = getattr(model, "base_model", model)
     chosen = choose_sites(find_sites(encoder), terms)
+    head = _head(model, encoder)
+    if task.kind in ("tokens", "span"):
+        pooling = "none"
+    elif pooling is None:
+        pooling = "pooler" if getattr(encoder, "pooler", None) is not None else "cls"
     mine, theirs = _tensors(encoder), _base_tensors(base)
     paths = {f"{site.path}.bias" for site in chosen}
     for name in sorted((theirs.keys() & mine.keys()) - paths):
@@ -65,19 +70,15 @@ def task_from_model(
                 f"{name} differs from base {base.name!r} and is none of the terms {terms!r}: a "
                 "task file holds biases only, so this model would not be what the file gives back"
             )
+    for name in sorted(mine.keys() - theirs.keys()):
+        # A pooler that nobody reads may be random, as transformers makes it where there is none.
+        if name in paths or pooling == "pooler" or not name.startswith("pooler."):
+            raise UsageError(
+                f"{name} is not in base {base.name!r}: a task file holds differences to its base, "
+                "so it has no place for it"
+            )
     names = [f"{site.path}.bias" for site in chosen]
     row = [mine[name].float() - theirs[name].float() for name in names]
-    head = {
-        name: parameter.detach().float().cpu()
-        for name, parameter in model.named_parameters()
-        if name.startswith(_HEADS)
-    }
-    if not head:
-        raise UsageError(f"{type(model).__name__} has no head called classifier or qa_outputs")
-    if task.kind in ("tokens", "span"):
-        pooling = "none"
-    elif pooling is None:
-        pooling = "pooler" if getattr(encoder, "pooler", None) is not None else "cls"
     return TaskFile(
         task=task,
         bias=torch.cat(row).cpu() if row else torch.zeros(0),
@@ -131,6 +132,21 @@ def apply_task(model: nn.Module, file: TaskFile, base: str | Base) -> None:
             bias.copy_(theirs[f"{path}.bias"].float() + shift)
         for name, tensor in file.head.items():
             parameters[name].copy_(tensor)
+
+
+def _head(model: nn.Module, encoder: nn.Module) -> dict[str, Tensor]:
+    """Return the head's tensors; everything outside of the encoder has to be of the head."""
+    inside = {id(parameter) for parameter in encoder.parameters()}
+    outside = {n: p for n, p in model.named_parameters() if id(p) not in inside}
+    if not any(name.startswith(_HEADS) for name in outside):
+        raise UsageError(f"{type(model).__name__} has no head called classifier or qa_outputs")
+    for name in outside:
+        if not name.startswith(_HEADS):
+            raise UsageError(
+                f"{name} of {type(model).__name__} is neither in the encoder nor in a head called "
+                "classifier or qa_outputs: a task file has no place for it"
+            )
+    return {name: parameter.detach().float().cpu() for name, parameter in outside.items()}
 
 
 def _tensors(encoder: nn.Module) -> dict[str, Tensor]:

@@ -80,23 +80,35 @@ def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None
 ) -> None:
     """Print rows as a table; columns of numbers (named with a leading ``>``) stand right."""
-    table = Table(title=title and Text(title), title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in columns:
         right = column.startswith(">")
         table.add_column(Text(column.lstrip(">"), "bold"), justify="right" if right else "left")
     for row in rows:  # as Text: a user's "[red]" is text and no markup
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    output().print(table)
+    if title is not None:
+        say(title, "bold")
+    _print(table)
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Print names with their values, those that are not None."""
-    rows = [(Text(f"  {key}", "dim"), value) for key, value in facts.items() if value is not None]
-    table = Table(title=Text(title, "bold"), title_justify="left", box=None, show_header=False)
-    for row in rows:
-        table.add_row(row[0], Text(str(row[1])))
-    if rows:
-        output().print(table)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts.items():
+        if value is not None:
+            table.add_row(Text(f"  {key}", "dim"), Text(str(value)))
+    if title:
+        say(title, "bold")
+    if table.row_count:
+        _print(table)
+
+
+def _print(table: Table) -> None:
+    console = output()
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():  # without the blanks that fill the last column
+        sys.stdout.write(f"{line.rstrip()}\n")
 
 
 def number(value: float | None, digits: int = 4) -> str:

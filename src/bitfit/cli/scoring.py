@@ -17,9 +17,7 @@ from bitfit.errors import BaseModelError, UsageError
 from bitfit.metrics import majority_score
 from bitfit.model import Model
 from bitfit.taskfile import TaskFile
-from bitfit.tasks import BUILTIN_TASKS, BuiltinTask, Example
-from bitfit.training.finetune import DTYPES, open_encoder
-from bitfit.training.outputs import majority_score
+from bitfit.tasks import BUILTIN_TASKS, BuiltinTask, Example, references
 
 
 def open_model(

@@ -14,9 +14,10 @@ from rich.progress import Progress, TextColumn
 from bitfit.cli import console, options
 from bitfit.data import DataConfig, read_dataset
 from bitfit.data.files import project_name
+from bitfit.encoder import open_encoder
 from bitfit.errors import BitfitError, MissingExtra, UsageError
 from bitfit.taskfile import StorageType
-from bitfit.training.finetune import Event, RunStarted, finetune, open_encoder
+from bitfit.training.finetune import Event, RunStarted, finetune
 from bitfit.training.outputs import Outcome
 from bitfit.training.settings import resolve_config
 from bitfit.training.train import EpochDone, StepDone
@@ -55,9 +56,10 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     if given["revision"] or given["trust_remote_code"]:
         if given["threads"]:
             torch.set_num_threads(given["threads"])
+        is_row = given["method"] in (None, "bitfit", "frozen")
+        dtype = "fp32" if given["dtype"] == "auto" and not is_row else given["dtype"]
         arguments["base"] = open_encoder(
-            given["base"], given["dtype"], given["device"],
-            resolve_config(given["recipe"], method=given["method"]),
+            given["base"], dtype, given["device"],
             revision=given["revision"], trust_remote_code=given["trust_remote_code"],
         )  # fmt: skip
     return arguments

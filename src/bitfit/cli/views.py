@@ -114,8 +114,7 @@ def show_file(report: Mapping[str, Any]) -> None:
     console.print_facts(f"{task['name']}  ({report['file']})", {
         "kind": kind,
         "labels": labels,
-        "dev scores": ", ".join(f"{k} {console.number(v)}" for k, v in report["scores"].items())
-        or "none: there were no dev rows",
+        "dev scores": _scores(report) or "none: there were no dev rows",
         "description": report["description"],
         "licence": report["licence"],
         "base": f"{base['name']} ({base['sha256'][:12]}…, {base['tensors']} tensors)",
@@ -128,7 +127,9 @@ def show_file(report: Mapping[str, Any]) -> None:
         "calibration": _calibration(report),
         "made by": f"bitfit {report['package_version']}",
     })  # fmt: skip
-    shown = {key: value for key, value in recipe.items() if key != "rates_tried"}
+    shown = {
+        key: value for key, value in recipe.items() if key != "rates_tried" and value is not None
+    }
     console.print_facts("\nrecipe", {
         "method": f"{report['method']}, terms {report['terms']}",
         "settings": ", ".join(f"{k} {_plain(v)}" for k, v in shown.items()) or None,
@@ -143,12 +144,21 @@ def show_file(report: Mapping[str, Any]) -> None:
         console.say(f"\ndrawn: {report['plot']}")
 
 
+def _scores(report: Mapping[str, Any]) -> str:
+    """The scores, the headline first."""
+    first = report["task"]["metrics"][0]
+    ordered = sorted(report["scores"].items(), key=lambda item: item[0] != first)
+    return ", ".join(f"{name} {console.number(value)}" for name, value in ordered)
+
+
 def _calibration(report: Mapping[str, Any]) -> str | None:
     if report["temperature"] is None:
         return None
     found = report["calibration"] or {}
     before, after = (console.number(found.get(key)) for key in ("ece_before", "ece_after"))
-    return f"temperature {report['temperature']:.3f}, error {before} before and {after} after"
+    return (
+        f"temperature {report['temperature']:.3f}, calibration error {before} before, {after} after"
+    )
 
 
 def _plain(value: Any) -> str:

@@ -45,8 +45,8 @@ class TrainConfig:
     """AdamW's epsilon, added before bias correction as the released code's optimizer does."""
     keep: Keep = "best"
     """Which epoch goes into the file: the best on dev, or the last."""
-    patience: int | None = 3
-    """Stop after so many epochs without a better dev score; None: never."""
+    patience: int = 3
+    """Stop after so many epochs without a better dev score; 0: never."""
     class_weights: str | None = None
     """``balanced`` weighs each class by the inverse of its frequency; None: all alike."""
     max_length: int = 128
@@ -65,15 +65,13 @@ class TrainConfig:
         for name, least, most in (
             ("learning_rate", 0.0, 1.0), ("epochs", 1, 10_000), ("batch_size", 1, 100_000),
             ("warmup_ratio", 0.0, 1.0), ("max_grad_norm", 0.0, 1e9), ("adam_eps", 0.0, 1.0),
-            ("max_length", 3, 100_000), ("seed", 0, 2**63 - 1),
+            ("max_length", 3, 100_000), ("seed", 0, 2**63 - 1), ("patience", 0, 10_000),
         ):  # fmt: skip
             value = getattr(self, name)
             if not least <= value <= most:
                 raise UsageError(f"{name} is {value}; expected {least} to {most}")
         if self.learning_rate == 0.0:
             raise UsageError("learning_rate is 0: nothing would be learned")
-        if self.patience is not None and self.patience < 1:
-            raise UsageError(f"patience is {self.patience}; expected at least 1, or none")
 
     def _one_of(self, name: str, allowed: tuple[Any, ...]) -> None:
         if getattr(self, name) not in allowed:
@@ -94,7 +92,7 @@ class TrainConfig:
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
-        "epochs": 16, "schedule": "constant", "warmup_ratio": 0.0, "patience": None, "keep": "last",
+        "epochs": 16, "schedule": "constant", "warmup_ratio": 0.0, "patience": 0, "keep": "last",
     },
 }  # fmt: skip
 

@@ -184,19 +184,27 @@ class Trainer:
         Raises:
             TrainingDiverged: the loss became NaN or infinite.
         """
-        while self.progress.step < self.total_steps and not self.progress.stopped:
-            began = time.perf_counter()
-            done = self._step()
-            self.seconds += time.perf_counter() - began
-            self.sequences += done.sequences
-            self.tokens += done.tokens
-            yield done
-            if done.step % self.steps_per_epoch == 0:
-                done_epoch = self._end_epoch()
+        while not self.progress.stopped:
+            if self._epoch_is_due():
+                epoch = self._end_epoch()
                 self.save()
-                yield done_epoch
-            elif time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
-                self.save()
+                yield epoch
+            elif self.progress.step < self.total_steps:
+                began = time.perf_counter()
+                done = self._step()
+                self.seconds += time.perf_counter() - began
+                self.sequences += done.sequences
+                self.tokens += done.tokens
+                if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+                    self.save()
+                yield done
+            else:
+                return
+
+    def _epoch_is_due(self) -> bool:
+        """Whether an epoch's steps are done and its evaluation is not (a run may stop between)."""
+        epochs, rest = divmod(self.progress.step, self.steps_per_epoch)
+        return rest == 0 and epochs > len(self.progress.history)
 
     def _step(self) -> StepDone:
         step, config = self.progress.step + 1, self.config
@@ -254,7 +262,7 @@ class Trainer:
             self.best = [t.detach().clone() for t in self.method.tensors]
         patience = self.config.patience
         waited = epoch - progress.best_epoch
-        progress.stopped = self.dev is not None and patience is not None and waited >= patience
+        progress.stopped = self.dev is not None and 0 < patience <= waited
         progress.history.append({"epoch": epoch, "train_loss": train_loss, "dev": scores})
         return EpochDone(epoch, progress.step, train_loss, scores, is_best, progress.stopped)
 
@@ -300,8 +308,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         if self.checkpoint is None:
             return
-        if self.progress.step % self.steps_per_epoch:
-            self.progress.loss_sum = float(self._epoch_loss)
+        self.progress.loss_sum = float(self._epoch_loss)
         note = {"identity": self.identity, "progress": vars(self.progress)}
         data = pack_safetensors(self._state(), CHECKPOINT_KEY, json.dumps(note))
         atomic_write(self.checkpoint, data)

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitfit.bank import Bank, Layout, parse_layout
+from bitfit.errors import TaskFileError, UnknownTask, UsageError
+from bitfit.terms import Site
+
+SITES = (
+    Site("query", 0, "layer.0.query", 3), Site("query", 1, "layer.1.query", 3),
+    Site("intermediate", 1, "layer.1.up", 4), Site("pooler", None, "pooler.dense", 2),
+)  # fmt: skip
+LAYOUT = Layout(SITES)
+
+
+def test_a_row_splits_into_its_sites_in_order():
+    parts = LAYOUT.split(torch.arange(24.0).view(2, 12))
+    assert [tuple(p.shape) for p in parts.values()] == [(2, 3), (2, 3), (2, 4), (2, 2)]
+    assert torch.equal(torch.cat(list(parts.values()), dim=1), torch.arange(24.0).view(2, 12))
+
+
+def test_a_row_moves_into_a_larger_layout_with_zeros_elsewhere():
+    small = Layout((SITES[2], SITES[0]))
+    row = small.expand(torch.arange(1.0, 8.0), LAYOUT)
+    assert row.tolist() == [5, 6, 7, 0, 0, 0, 1, 2, 3, 4, 0, 0]
+    with pytest.raises(UsageError, match="no place for query@1, pooler"):
+        LAYOUT.expand(torch.zeros(12), small)
+
+
+@given(st.sets(st.sampled_from([(t, i) for t in "abc" for i in range(12)] + [("p", None)])))
+def test_a_layout_survives_json(chosen):
+    order = sorted(chosen, key=str)
+    order.sort(key=lambda pair: (pair[0], pair[1] or 0))
+    sites = tuple(Site(t, i, f"{t}.{i}", 5 + len(t)) for t, i in order)
+    value = Layout(sites).to_json()
+    assert Layout.from_json(value, sites).sites == sites
+    assert sum(len(layers) * length for _, layers, length in parse_layout(value)) == Layout(sites).n
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, {}, [["query", "0-1"]], [["query", "0-1", -3]], [["query", 0, 3]], [[1, "0", 3]],
+     [["query", "0-", 3]], [["query", "zero", 3]], [["query", "0-1", 3], ["query", "1", 3]],
+     [["query", "0-99999999", 3]], [["query", "0", 1 << 40]], [[]] * 2000],
+)  # fmt: skip
+def test_a_bad_layout_is_refused(value):
+    with pytest.raises(TaskFileError):
+        Layout.from_json(value, SITES)
+
+
+def test_a_layout_of_another_base_is_refused_by_site():
+    with pytest.raises(TaskFileError, match="query@7"):
+        Layout.from_json([["query", "7", 3]], SITES)
+    with pytest.raises(TaskFileError, match="has 9 values, this base's 3"):
+        Layout.from_json([["query", "0", 9]], SITES)
+
+
+def test_tasks_come_and_go_without_touching_each_other():
+    bank = Bank(LAYOUT)
+    rows = {f"task{i}": torch.full((12,), float(i)) for i in range(100)}
+    for name, row in rows.items():
+        bank.add(name, row)
+    bank.remove("task7")
+    bank.add("new", torch.full((12,), -1.0))
+    assert bank.names[:3] == ["task0", "task1", "task2"]
+    for name, row in rows.items():
+        if name != "task7":
+            assert torch.equal(bank.rows[bank.index(name)], row)
+    assert len(bank.rows) % Bank.BLOCK == 0
+    assert len(bank.rows) - len(bank) < Bank.BLOCK
+
+
+def test_an_unknown_task_is_an_error_with_the_nearest_name():
+    bank = Bank(LAYOUT)
+    bank.add("sentiment", torch.zeros(12))
+    with pytest.raises(UnknownTask, match="Did you mean 'sentiment'"):
+        bank.index("sentimant")
+    with pytest.raises(UsageError, match="already has"):
+        bank.add("sentiment", torch.zeros(12))
+    with pytest.raises(UsageError, match="12 values, not 11"):
+        bank.add("other", torch.zeros(11))

@@ -1,0 +1,508 @@
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import bitfit
+from bitfit.base import encoder_tensors, load_base
+from bitfit.batches import make_features
+from bitfit.errors import BitfitError, NoBiases, TrainingDiverged, TrainingInterrupted, UsageError
+from bitfit.heads import make_head
+from bitfit.tasks import Task, TextExample
+from bitfit.training.methods import MatrixMethod, make_method, random_masks
+from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
+from bitfit.training.train import AdamW, Split, StepDone, Trainer, clip_gradients, learning_rate_at
+
+MOOD = Task(name="mood", kind="classification", labels=("bad", "good"))
+
+
+def mood_split(encoder, count=24, seed=0):
+    random = np.random.default_rng(seed)
+    examples = []
+    for i in range(count):
+        words = random.choice("the a film bike was very".split(), random.integers(2, 7)).tolist()
+        words.insert(1, ("bad", "good")[i % 2])
+        examples.append(TextExample(" ".join(words), label=i % 2))
+    return Split(examples, make_features(encoder.base.tokenizer, MOOD, examples, 16))
+
+
+def make_trainer(encoder, checkpoint=None, **options):
+    config = TrainConfig(**({"epochs": 2, "learning_rate": 1e-2, "max_length": 16} | options))
+    head = make_head(MOOD, encoder, config.pooling)
+    method = make_method(encoder, head, config)
+    method.install()
+    return Trainer(
+        encoder=encoder, task=MOOD, head=head, method=method,
+        config=config, train=mood_split(encoder), dev=mood_split(encoder, 10, 1),
+        checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["bitfit", "frozen"])
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_every_tensor_of_the_base_stays_bit_identical(family, method, checkpoint, open_tiny):
+    """Promise 1, for packed and padded batches."""
+    encoder = open_tiny(family)
+    trainer = make_trainer(encoder, method=method)
+    list(trainer.run())
+    fresh = load_base(checkpoint(family))
+    after = encoder_tensors(encoder.model, encoder.pooler)
+    for name, tensor in encoder_tensors(fresh.model, fresh.pooler).items():
+        assert torch.equal(after[name], tensor), name
+    row, _ = trainer.method.trained()
+    assert (row.abs().sum() > 0) == (method == "bitfit")
+
+
+def test_only_the_selected_biases_get_a_row(open_tiny):
+    encoder = open_tiny()
+    trainer = make_trainer(encoder, terms="query@1,b_m2")
+    assert [s.label for s in trainer.method.layout.sites] == [
+        "query@1", "intermediate@0", "intermediate@1"
+    ]  # fmt: skip
+    assert trainer.method.encoder_count == 32 + 2 * 64
+
+
+def test_all_leaves_the_inert_key_out_but_the_paper_trains_it(open_tiny):
+    encoder = open_tiny()
+    terms = {s.term for s in make_trainer(encoder).method.layout.sites}
+    assert terms == set(bitfit.terms.EIGHT_TERMS) - {"key"}
+    paper = {s.term for s in make_trainer(encoder, recipe="paper").method.layout.sites}
+    assert paper == set(bitfit.terms.EIGHT_TERMS)
+    named = {s.term for s in make_trainer(encoder, terms="key").method.layout.sites}
+    assert named == {"key"}
+    deberta = {s.term for s in make_trainer(open_tiny("deberta-v2")).method.layout.sites}
+    assert "key" in deberta
+
+
+def test_a_trained_key_bias_stays_put_with_the_papers_epsilon(open_tiny):
+    """Its gradient is rounding noise; eps 1e-6 before correction keeps Adam from blowing it up."""
+    trainer = make_trainer(open_tiny(), recipe="paper", epochs=10)
+    list(trainer.run())
+    row, _ = trainer.method.trained()
+    change = {site.term: 0.0 for site in trainer.method.layout.sites}
+    for site, part in zip(
+        trainer.method.layout.sites,
+        torch.split(row, trainer.method.layout.lengths),
+        strict=True,
+    ):
+        change[site.term] += part.abs().mean().item()
+    assert change["key"] < 0.02 * change["query"]
+
+
+def test_the_pooler_bias_is_trained_where_the_head_reads_it_and_refused_where_not(open_tiny):
+    encoder = open_tiny()
+    with_pooler = make_trainer(encoder, terms="all,pooler", learning_rate=1e-2)
+    list(with_pooler.run())
+    row, _ = with_pooler.method.trained()
+    assert with_pooler.method.layout.sites[-1].term == "pooler"
+    assert row[-32:].abs().sum() > 0
+    with pytest.raises(UsageError, match="never uses it"):
+        make_trainer(encoder, terms="all,pooler", pooling="mean")
+    released = make_trainer(encoder, terms="released:query", pooling="mean")
+    assert {s.term for s in released.method.layout.sites} == {"query"}
+
+
+def test_a_base_without_biases_is_an_error_for_bitfit_and_fine_frozen(open_tiny):
+    encoder = open_tiny("modernbert")
+    with pytest.raises(NoBiases, match="0 biases"):
+        make_trainer(encoder)
+    assert make_trainer(encoder, method="frozen").method.encoder_count == 0
+
+
+def test_the_optimizer_is_that_of_the_released_code():
+    """transformers 4.2's AdamW, written out: eps is added before bias correction."""
+    torch.manual_seed(0)
+    tensor = torch.randn(5, requires_grad=True)
+    p, m, v = tensor.detach().double(), torch.zeros(5).double(), torch.zeros(5).double()
+    optimizer = AdamW([tensor], eps=1e-6)
+    for step in range(1, 8):
+        grad = torch.randn(5) * 1e-4
+        tensor.grad = grad.clone()
+        optimizer.step(1e-2, step)
+        m = 0.9 * m + 0.1 * grad
+        v = 0.999 * v + 0.001 * grad.double() ** 2
+        size = 1e-2 * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        p = p - size * m / (v.sqrt() + 1e-6)
+    torch.testing.assert_close(tensor.detach().double(), p, atol=1e-7, rtol=1e-5)
+
+
+def test_the_optimizer_with_a_rescaled_epsilon_is_torchs():
+    torch.manual_seed(0)
+    mine = torch.randn(7, requires_grad=True)
+    theirs = mine.detach().clone().requires_grad_(True)
+    ours, torchs = (
+        AdamW([mine], eps=0.0),
+        torch.optim.AdamW([theirs], 1e-2, eps=0.0, weight_decay=0),
+    )
+    for step in range(1, 6):
+        grad = torch.randn(7)
+        mine.grad, theirs.grad = grad.clone(), grad.clone()
+        ours.step(1e-2, step)
+        torchs.step()
+    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_clipping_is_torchs_over_row_and_head_together():
+    tensors = [torch.zeros(3, requires_grad=True), torch.zeros(2, 2, requires_grad=True)]
+    grads = [torch.tensor([3.0, 0, 4]), torch.full((2, 2), 6.0)]
+    for t, g in zip(tensors, grads, strict=True):
+        t.grad = g.clone()
+    clip_gradients(tensors, 1.0)
+    total = math.sqrt(25 + 144)
+    for t, g in zip(tensors, grads, strict=True):
+        torch.testing.assert_close(t.grad, g / total, atol=1e-6, rtol=1e-5)
+    clip_gradients(tensors, 0)
+    assert tensors[0].grad[0] == pytest.approx(3 / total, rel=1e-5)
+
+
+def test_schedules_rise_and_fall_as_named():
+    def rates(schedule, warmup):
+        config = TrainConfig(schedule=schedule, warmup_ratio=warmup, learning_rate=1.0)
+        return [learning_rate_at(config, step, 10) for step in range(1, 11)]
+
+    assert rates("constant", 0.0) == [1.0] * 10
+    assert rates("constant", 0.2)[:3] == [0.5, 1.0, 1.0]
+    assert rates("linear", 0.0) == pytest.approx([1 - i / 10 for i in range(10)])
+    cosine = rates("cosine", 0.2)
+    assert cosine[:3] == [0.5, 1.0, 1.0]
+    assert cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True)
+    assert 0 < cosine[-1] < 0.1
+
+
+def test_the_loss_curve_is_pinned(open_tiny):
+    """One curve of the tiny model; a change here changes results and belongs in the changelog."""
+    trainer = make_trainer(open_tiny(), epochs=1, seed=3)
+    losses = [float(event.loss) for event in trainer.run() if isinstance(event, StepDone)]
+    assert losses == pytest.approx(PINNED_LOSSES, abs=2e-4)
+
+
+PINNED_LOSSES = [0.68334, 0.73691, 0.68448]
+
+
+def test_training_learns(open_tiny):
+    trainer = make_trainer(open_tiny(), epochs=20, learning_rate=2e-2, patience=0)
+    list(trainer.run())
+    print([h["dev"] for h in trainer.progress.history])
+    assert trainer.progress.best_score >= 0.9
+    scores, _ = trainer.evaluate(trainer.train)
+    assert scores["accuracy"] > 0.9
+
+
+def test_two_runs_of_one_seed_are_bit_identical_and_two_seeds_are_not(open_tiny):
+    def row(seed):
+        trainer = make_trainer(open_tiny(), seed=seed)
+        list(trainer.run())
+        return trainer.method.flat
+
+    assert torch.equal(row(1), row(1))
+    assert not torch.equal(row(1), row(2))
+
+
+def test_the_best_epoch_is_kept_and_the_last_on_request(open_tiny):
+    kept = {}
+    for keep in ("best", "last"):
+        trainer = make_trainer(open_tiny(), keep=keep, epochs=3, patience=0)
+        scores = iter([0.5, 0.9, 0.7])
+        flats = []
+
+        def evaluate(split, on_batch=None, t=trainer, scores=scores, flats=flats):
+            flats.append(t.method.flat.detach().clone())
+            return {"accuracy": next(scores)}, []
+
+        trainer.evaluate = evaluate
+        list(trainer.run())
+        kept[keep] = trainer.keep()
+        assert trainer.progress.best_epoch == 2
+        expected = flats[1] if keep == "best" else flats[2]
+        assert torch.equal(trainer.method.flat, expected)
+    assert kept == {"best": 2, "last": 3}
+
+
+def test_early_stopping_waits_its_patience(open_tiny):
+    trainer = make_trainer(open_tiny(), epochs=9, patience=2)
+    scores = iter([0.5, 0.9, 0.7, 0.9, 1.0])
+    trainer.evaluate = lambda split: ({"accuracy": next(scores)}, [])
+    list(trainer.run())
+    assert [h["epoch"] for h in trainer.progress.history] == [1, 2, 3, 4]
+    assert trainer.progress.stopped
+
+
+def test_an_undefined_score_never_wins(open_tiny):
+    trainer = make_trainer(open_tiny(), epochs=2)
+    scores = iter([math.nan, -0.5])
+    trainer.evaluate = lambda split: ({"accuracy": next(scores)}, [])
+    list(trainer.run())
+    assert trainer.progress.best_epoch == 2
+
+
+def test_divergence_is_an_error_with_advice(open_tiny):
+    trainer = make_trainer(open_tiny())
+    with torch.no_grad():
+        trainer.method.flat[0, 0] = math.nan
+    with pytest.raises(TrainingDiverged, match="smaller"):
+        list(trainer.run())
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_a_run_resumed_at_any_step_ends_in_the_same_numbers(stop, open_tiny, tmp_path):
+    """Promise 6 in one process; test_resume kills processes."""
+    whole = make_trainer(open_tiny())
+    list(whole.run())
+    first = make_trainer(open_tiny(), tmp_path / "c")
+    for event in first.run():
+        if isinstance(event, StepDone) and event.step == stop:
+            first.save()
+            break
+    second = make_trainer(open_tiny(), tmp_path / "c")
+    assert second.resume()
+    assert second.progress.step == stop
+    list(second.run())
+    assert torch.equal(second.method.flat, whole.method.flat)
+    assert second.progress.history == whole.progress.history
+    assert all(torch.equal(a, b) for a, b in zip(second.best, whole.best, strict=True))
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(open_tiny, tmp_path):
+    trainer = make_trainer(open_tiny(), tmp_path / "c")
+    next(trainer.run())
+    trainer.save()
+    with pytest.raises(BitfitError, match=r"another run: learning_rate, seed differ"):
+        make_trainer(open_tiny(), tmp_path / "c", seed=5, learning_rate=1e-3).resume()
+    (tmp_path / "c").write_bytes(b"\x00" * 50)
+    with pytest.raises(BitfitError, match="checkpoint"):
+        make_trainer(open_tiny(), tmp_path / "c").resume()
+
+
+def test_full_trains_a_copy_and_gives_the_base_back(open_tiny, checkpoint):
+    encoder = open_tiny()
+    trainer = make_trainer(encoder, method="full", learning_rate=1e-3)
+    list(trainer.run())
+    changed = encoder_tensors(encoder.model, encoder.pooler)
+    base = load_base(checkpoint())
+    fresh = encoder_tensors(base.model, base.pooler)
+    moved = [n for n, t in fresh.items() if not torch.equal(changed[n], t)]
+    assert len(moved) > 0.9 * len(fresh)
+    trainer.method.uninstall()
+    after = encoder_tensors(encoder.model, encoder.pooler)
+    assert all(torch.equal(after[name], tensor) for name, tensor in fresh.items())
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["random", "released:random", "released:row_col"])
+def test_random_methods_change_only_what_was_drawn(method, open_tiny, checkpoint):
+    encoder = open_tiny()
+    trainer = make_trainer(encoder, method=method)
+    list(trainer.run())
+    assert isinstance(trainer.method, MatrixMethod)
+    fresh = load_base(checkpoint())
+    before = encoder_tensors(fresh.model, fresh.pooler)
+    after = encoder_tensors(encoder.model, encoder.pooler)
+    masks = random_masks(encoder, trainer.head, trainer.config)
+    changed = 0
+    for name, tensor in before.items():
+        moved = after[name] != tensor
+        assert not (moved & ~masks[name]).any(), name
+        changed += int(moved.sum())
+    assert 0.3 * trainer.method.encoder_count < changed <= trainer.method.encoder_count
+
+
+def test_random_draws_exactly_as_many_scalars_as_the_eight_terms(open_tiny):
+    encoder = open_tiny()
+    config = TrainConfig(method="random")
+    masks = random_masks(encoder, make_head(MOOD, encoder), config)
+    assert sum(int(m.sum()) for m in masks.values()) == 2 * (7 * 32 + 64)
+    again = random_masks(encoder, make_head(MOOD, encoder), config)
+    assert all(torch.equal(masks[n], again[n]) for n in masks)
+    other = random_masks(encoder, make_head(MOOD, encoder), config.replace(seed=1))
+    assert not all(torch.equal(masks[n], other[n]) for n in masks)
+
+
+def test_the_released_quota_leaves_111_of_199_tensors_of_bert_base_out():
+    """fidelity: 100,000 drawn per tensor with replacement gives 99,830 distinct on average."""
+    from transformers import AutoModel, BertConfig
+
+    from bitfit.training.methods import _draw_quota
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(BertConfig(vocab_size=28996))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    places = _draw_quota(np.random.default_rng(0), sizes, 100_000)
+    assert len(sizes) == 199
+    assert sum(len(p) == 0 for p in places.values()) == 111
+    assert sum(len(np.unique(p)) for p in places.values()) == pytest.approx(99_830, abs=60)
+
+
+def test_recipes_are_those_of_the_paper_and_of_the_docs():
+    paper = resolve_config("paper")
+    assert (paper.batch_size, paper.epochs, paper.schedule, paper.warmup_ratio) == (
+        8, 16, "constant", 0.0
+    )  # fmt: skip
+    assert (paper.adam_eps, paper.max_grad_norm, paper.max_length) == (1e-6, 1.0, 128)
+    assert (paper.patience, paper.keep) == (0, "last")
+    assert resolve_config("paper", epochs=3, keep=None).epochs == 3
+    assert rates_to_try("bitfit") == (1e-4, 4e-4, 7e-4, 1e-3)
+    assert rates_to_try("full") == (1e-5, 2e-5, 3e-5, 5e-5)
+    assert set(RECIPES) == {"default", "paper"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 0.0}, {"learning_rate": -1}, {"epochs": 0}, {"batch_size": 0}, {"seed": -1},
+     {"method": "lora"}, {"schedule": "step"}, {"keep": "all"}, {"patience": -1},
+     {"warmup_ratio": 1.5}, {"class_weights": "some"}, {"max_length": 2}],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant_are_refused(options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        TrainConfig(**options)
+
+
+def test_balanced_class_weights_are_the_inverse_of_the_frequency(open_tiny):
+    encoder = open_tiny()
+    trainer = make_trainer(encoder, class_weights="balanced")
+    torch.testing.assert_close(trainer.class_weights, torch.tensor([1.0, 1.0]))
+    rows = trainer.train.features.items
+    trainer.train = Split([], types.SimpleNamespace(items=[rows[0], rows[1], rows[3], rows[5]]))
+    torch.testing.assert_close(trainer._class_weights(), torch.tensor([2.0, 2 / 3]))
+
+
+# --- the whole run -------------------------------------------------------------------------------
+
+
+def run(checkpoint, tickets, **options):
+    defaults = {"data": tickets, "text": "body", "label": "intent", "epochs": 4,
+                "learning_rate": 2e-2, "dtype": "fp32", "dev_fraction": 0.3}  # fmt: skip
+    return bitfit.finetune(checkpoint(), **(defaults | options))
+
+
+def test_a_csv_becomes_a_task_file(checkpoint, tickets, tmp_path):
+    out = tmp_path / "sub" / "intent.bitfit.safetensors"
+    outcome = run(
+        checkpoint, tickets, out=out, train_score=True, epochs=25, patience=0, pooling="mean"
+    )
+    file = bitfit.TaskFile.load(out)
+    assert file.task.labels == ("complaint", "praise")
+    assert file.score == outcome.score > 0.8
+    assert "train_accuracy" in file.scores
+    assert file.recipe["kept_epoch"] == outcome.trainer.kept_epoch
+    assert file.recipe["keep"] == "best"
+    assert file.recipe["learning_rate"] == 2e-2
+    assert 0.05 <= file.temperature <= 20
+    assert file.calibration["ece_after"] <= 1
+    assert len(file.probes) == 3
+    assert not list(out.parent.glob("*checkpoint*"))
+    report = json.loads(json.dumps(outcome.to_json(), allow_nan=False))
+    for key in ("task metric score scores method terms seed learning_rate epochs train_seconds "
+                "examples_per_second tokens_per_second peak_memory_bytes trainable file "
+                "file_bytes").split():  # fmt: skip
+        assert key in report, key
+    assert report["trainable"] == {"encoder": 2 * (6 * 32 + 64), "head": 66}
+    assert report["file_bytes"] == out.stat().st_size
+
+
+def test_two_runs_of_one_seed_give_the_same_bytes(checkpoint, tickets, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for out in (a, b):
+        run(checkpoint, tickets, out=out, epochs=2)
+    assert a.read_bytes() == b.read_bytes()
+    text = a.read_bytes()
+    assert str(tmp_path).encode() not in text
+
+
+def test_the_rate_is_searched_on_dev_and_written_down(checkpoint, tickets, tmp_path):
+    out = tmp_path / "auto.bitfit.safetensors"
+    outcome = run(checkpoint, tickets, out=out, learning_rate="auto", epochs=2)
+    tried = outcome.file.recipe["rates_tried"]
+    assert [t["learning_rate"] for t in tried] == [1e-4, 4e-4, 7e-4, 1e-3]
+    best = max(tried, key=lambda t: t["score"])
+    assert outcome.score == best["score"]
+    assert outcome.file.recipe["learning_rate"] == best["learning_rate"]
+    assert [p.name for p in tmp_path.glob("auto*")] == [out.name]
+
+
+def test_an_interrupted_search_resumes_to_the_same_bytes(checkpoint, tickets, tmp_path):
+    options = {"learning_rate": "auto", "epochs": 1, "limit": 24}
+    run(checkpoint, tickets, out=tmp_path / "whole", **options)
+    steps = 0
+
+    def stop():
+        nonlocal steps
+        steps += 1
+        return steps in (2, 5)
+
+    for _ in range(2):
+        with pytest.raises(TrainingInterrupted, match="--resume"):
+            run(
+                checkpoint,
+                tickets,
+                out=tmp_path / "parts",
+                should_stop=stop,
+                resume=True,
+                **options,
+            )
+    run(checkpoint, tickets, out=tmp_path / "parts", resume=True, **options)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_full_saves_an_ordinary_checkpoint_and_leaves_the_base(checkpoint, tickets, tmp_path):
+    from transformers import AutoModel
+
+    encoder = bitfit.open_encoder(checkpoint(), "fp32")
+    before = {k: v.clone() for k, v in encoder_tensors(encoder.model, encoder.pooler).items()}
+    options = {"text": "body", "label": "intent", "epochs": 1, "method": "full"}
+    bitfit.finetune(encoder, data=tickets, out=tmp_path / "full", **options)
+    after = encoder_tensors(encoder.model, encoder.pooler)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    tuned = AutoModel.from_pretrained(tmp_path / "full").state_dict()
+    assert any(not torch.equal(tuned[k], before[k]) for k in before)
+    assert bitfit.open_encoder(str(tmp_path / "full")).base.pooler is not None
+
+
+def test_random_saves_indices_and_values(checkpoint, tickets, tmp_path):
+    from safetensors.torch import load_file
+
+    out = tmp_path / "random.safetensors"
+    run(checkpoint, tickets, out=out, method="random", epochs=1)
+    tensors = load_file(out)
+    names = [n.removeprefix("indices.") for n in tensors if n.startswith("indices.")]
+    assert names
+    assert sum(tensors[f"indices.{n}"].numel() for n in names) == 2 * (7 * 32 + 64)
+    with pytest.raises(BitfitError, match="not a bitfit task file"):
+        bitfit.TaskFile.load(out)
+
+
+def test_options_that_do_not_exist_are_refused_with_the_nearest(checkpoint, tickets, tmp_path):
+    with pytest.raises(UsageError, match="Did you mean 'epochs'"):
+        run(checkpoint, tickets, epoch=3)
+    with pytest.raises(UsageError, match="neither a number nor 'auto'"):
+        run(checkpoint, tickets, learning_rate="best")
+    with pytest.raises(UsageError, match="is a directory"):
+        run(checkpoint, tickets, out=tmp_path)
+    with pytest.raises(UsageError, match="dtype 'fp8'"):
+        run(checkpoint, tickets, dtype="fp8")
+
+
+@pytest.mark.parametrize("kind", ["regression", "multilabel", "tokens", "span"])
+def test_every_kind_of_task_trains_saves_and_predicts(kind, checkpoint, tmp_path):
+    rows = {
+        "regression": [{"text": f"{'good ' * (i % 5)}film", "label": i % 5 + 0.5} for i in range(20)],
+        "multilabel": [{"text": ("good film", "bad bike")[i % 2], "label": (["x", "y"], [])[i % 2]}
+                       for i in range(20)],
+        "tokens": [{"words": ["good", "film"], "labels": ["ADJ", "NOUN"]} for _ in range(20)],
+        "span": [{"question": "what", "context": "a red bike", "answers":
+                  {"text": ["red"], "answer_start": [2]}} for _ in range(20)],
+    }[kind]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    outcome = bitfit.finetune(
+        checkpoint(), data=path, kind=kind, out=tmp_path / "task", epochs=2, learning_rate=1e-2,
+        max_length=64 if kind != "span" else 80, dtype="fp32",
+    ) if kind != "span" else None  # fmt: skip
+    if outcome is None:
+        pytest.skip("the tiny base holds 72 positions, a span window needs 76")
+    model = bitfit.load(tmp_path / "task", base=checkpoint())
+    prediction = model.predict(["good film"])[0]
+    assert prediction.text
+    json.dumps(prediction.to_json())
