@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", default="minilm", help="minilm, a folder, or a name on the hub")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder to write to")
-    parser.add_argument("--limit", type=int, default=120, help="training rows of each task")
+    parser.add_argument("--limit", type=int, default=160, help="training rows of each task")
     args = parser.parse_args()
 
     encoder = bitfit.open_encoder(args.base)
@@ -36,6 +36,7 @@ def main() -> None:
         outcome = bitfit.finetune(
             encoder, data=str(example / f"{task}.train.csv"), dev=str(example / f"{task}.dev.csv"),
             name=task, out=paths[-1], limit=args.limit, epochs=3,
+            learning_rate=3e-3,
         )  # fmt: skip
         print(f"trained {task}: {outcome.file.task.metric} {outcome.score:.3f} on dev")
 

@@ -26,13 +26,13 @@ def main() -> None:
     parser.add_argument("--base", default="minilm", help="minilm, a folder, or a name on the hub")
     parser.add_argument("--out", type=Path, default=Path("runs/own.bitfit.safetensors"))
     parser.add_argument("--limit", type=int, default=160, help="training rows")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
     args = parser.parse_args()
     torch.manual_seed(0)
 
     example = files("bitfit") / "example"
     data = bitfit.read_dataset(bitfit.DataConfig(
-        data=str(example / "urgency.train.csv"), dev=str(example / "sentiment.dev.csv"),
+        data=str(example / "urgency.train.csv"), dev=str(example / "urgency.dev.csv"),
         limit=args.limit,
     ))  # fmt: skip
     train, dev, labels = data.splits["train"], data.splits["dev"], data.task.labels
@@ -52,7 +52,7 @@ def main() -> None:
     model = new_model()
     biases = bitfit.select_biases(model, "all")  # all else in the encoder is frozen now
     trained = [p for p in model.parameters() if p.requires_grad]  # the biases and the head
-    optimizer = torch.optim.AdamW(trained, lr=4e-3, eps=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=2e-3, eps=1e-6, weight_decay=0.0)
     for epoch in range(args.epochs):
         model.train()
         order = torch.randperm(len(train)).tolist()
@@ -72,7 +72,7 @@ def main() -> None:
 
     file = bitfit.task_from_model(
         model, args.base, data.task, terms="all", max_length=64, scores={"accuracy": accuracy},
-        recipe={"learning_rate": 4e-3, "epochs": args.epochs, "seed": 0},
+        recipe={"learning_rate": 2e-3, "epochs": args.epochs, "seed": 0},
     )  # fmt: skip
     file.save(args.out)
     count = sum(bias.numel() for bias in biases.values())

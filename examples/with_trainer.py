@@ -40,7 +40,7 @@ def main() -> None:
 
     example = files("bitfit") / "example"
     data = bitfit.read_dataset(bitfit.DataConfig(
-        data=str(example / "urgency.train.csv"), dev=str(example / "sentiment.dev.csv"),
+        data=str(example / "urgency.train.csv"), dev=str(example / "urgency.dev.csv"),
         limit=args.limit,
     ))  # fmt: skip
     place = str(find_base(args.base))  # "minilm" is a folder of a package
@@ -63,7 +63,7 @@ def main() -> None:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
-                output_dir=folder, num_train_epochs=args.epochs, learning_rate=4e-3,
+                output_dir=folder, num_train_epochs=args.epochs, learning_rate=2e-3,
                 adam_epsilon=1e-6, per_device_train_batch_size=8, seed=0, report_to="none",
                 save_strategy="no", logging_strategy="no", disable_tqdm=True,
                 dataloader_pin_memory=False,
@@ -78,7 +78,7 @@ def main() -> None:
 
     file = bitfit.task_from_model(
         model, args.base, data.task, terms="all", max_length=64, scores={"accuracy": accuracy},
-        recipe={"learning_rate": 4e-3, "epochs": args.epochs, "seed": 0},
+        recipe={"learning_rate": 2e-3, "epochs": args.epochs, "seed": 0},
     )  # fmt: skip
     file.save(args.out)
     print(f"saved {file.n:,} biases and the head: {args.out.stat().st_size:,} bytes")

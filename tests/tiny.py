@@ -24,7 +24,7 @@ _SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 64,
-    "max_position_embeddings": 72,
+    "max_position_embeddings": 128,
 }
 _DEBERTA = {
     "relative_attention": True,

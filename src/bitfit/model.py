@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,21 @@ class Model:
         predictions = read_predictions(file.task, examples, features, logits)
         return compute_metrics(file.task, predictions, answers)
 
+    def check_probes(self, task: str | None = None) -> list[float]:
+        """Return, per probe in the task's file, the largest difference to the logits kept there.
+
+        Rounding alone gives about 1e-6 in fp32, 1e-2 in bf16; more means that this machine, the
+        base or a library does not do what it did when the file was made.
+        """
+        loaded = self.task(task)
+        name = next(n for n, t in self._tasks.items() if t is loaded)
+        examples = probe_examples(loaded.file.task, loaded.file.probes)
+        _, found = self.logits(examples, [name] * len(examples))
+        return [
+            float(np.abs(values - np.asarray(probe["logits"], np.float32)).max())
+            for values, probe in zip(found, loaded.file.probes, strict=True)
+        ]
+
     def _features(self, name: str, examples: Sequence[Example]) -> list[Feature]:
         file = self._tasks[name].file
         tokenizer = self.encoder.base.tokenizer
@@ -266,6 +281,14 @@ def load(
     for file in loaded:
         model.add(file)
     return model
+
+
+def probe_examples(task: Task, probes: Sequence[Mapping[str, Any]]) -> list[Example]:
+    """Return the inputs of ``probes`` (``{"text", "text_pair"}``) as examples of ``task``."""
+    return [
+        _as_example(task, p["text"] if p["text_pair"] is None else (p["text"], p["text_pair"]))
+        for p in probes
+    ]
 
 
 def _asked_pooling(file: TaskFile) -> str:

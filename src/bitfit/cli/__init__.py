@@ -19,6 +19,8 @@ import bitfit
 from bitfit.cli import console, look, train, use
 from bitfit.errors import BitfitError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="bitfit",
     help="Fine-tune text models by their biases, and use many such tasks on one base.",
@@ -71,14 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         console.error("aborted")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader went away, as `head` does. What is left in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except BitfitError as error:
         _trace(error)
-        console.error(str(error))
+        if error.exit_code == INTERRUPTED:
+            console.note(str(error))  # as was asked: no error
+        else:
+            console.error(str(error))
         return error.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # of typer or click: the command line is wrong

@@ -102,10 +102,12 @@ def _texts(texts: Sequence[str], given: Mapping[str, Any]) -> Iterator[TextExamp
         return iter([_one_text(text) for text in texts])
     if given["input"] is not None:
         return iter_texts(given["input"], "auto", given["text"], given["text_pair"])
-    return iter_texts(sys.stdin)
+    return iter_texts(getattr(sys.stdin, "buffer", sys.stdin))
 
 
 def _one_text(text: str) -> TextExample:
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError(f"the text {text!r} is not UTF-8")
     first, tab, second = text.partition("\t")
     return TextExample(first, second if tab else None)
 

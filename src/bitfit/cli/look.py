@@ -126,4 +126,4 @@ def demo(
     from bitfit.cli import showing_demo
 
     result = showing_demo.run(keep, base=base, quick=quick, quiet=quiet)
-    console.print_json(result.to_json()) if as_json else showing_demo.show(result, keep)
+    console.print_json(result.to_json()) if as_json else showing_demo.show(result, keep, quick)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bitfit.cli import console, options
-from bitfit.data import DataConfig, dataset_hash, hold_out, read_dataset
+from bitfit.data import DataConfig, dataset_hash, hold_out, read_dataset, take_limit
 from bitfit.encoder import DTYPES, open_encoder
 from bitfit.errors import BaseModelError, UsageError
 from bitfit.metrics import majority_score
@@ -125,15 +125,24 @@ def _read(file: TaskFile, config: DataConfig) -> tuple[dict[str, Sequence[Exampl
     if dataset.skipped:
         notes.append(f"{len(dataset.skipped)} bad row(s) left out")
     if "dev" in splits and Path(config.data).is_file() and config.dev is None:
-        rest, held = (splits["dev"], ()) if config.dev_fraction == 0 else hold_out(
-            splits["dev"], config.dev_fraction, config.seed
-        )  # fmt: skip
-        if held and dataset_hash(rest) == file.data_hash:
+        held = _held_out(file, splits["dev"], config)
+        if held is not None:
             splits["dev"] = held
             notes.append("the file it was trained on: scored on the rows that were held out")
     if any(dataset_hash(part) == file.data_hash for part in splits.values()):
         notes.append("these are the rows it was trained on")
     return splits, notes
+
+
+def _held_out(
+    file: TaskFile, examples: Sequence[Example], config: DataConfig
+) -> Sequence[Example] | None:
+    """Return the rows that training held out of ``examples``; None where it trained on others."""
+    if config.dev_fraction == 0:
+        return None
+    rest, held = hold_out(examples, config.dev_fraction, config.seed)
+    kept = take_limit(rest, int(file.recipe.get("train_rows") or len(rest)), config.seed)
+    return held if held and dataset_hash(kept) == file.data_hash else None
 
 
 def show(report: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ def run(folder: Path, *, base: str, quick: bool, quiet: bool) -> DemoResult:
         return run_demo(folder, base=base, quick=quick, on_event=progress)
 
 
-def show(result: DemoResult, folder: Path) -> None:
+def show(result: DemoResult, folder: Path, quick: bool) -> None:
     """Print the two tables, and what to try next."""
     rows = [
         (r["task"], r["classes"], f"{r['score']:.3f}", f"{r['majority']:.3f}", f"{r['frozen']:.3f}",
@@ -64,6 +64,8 @@ def show(result: DemoResult, folder: Path) -> None:
                ">file", ">seconds")  # fmt: skip
     metric = result.tasks[0]["metric"]
     console.print_table(columns, rows, title=f"dev {metric} of three tasks on one base")
+    if quick:
+        console.say("one short epoch each: these scores say that it runs, and no more")
     console.say(
         "\nNew sentences, each answered by all three tasks in one mixed batch "
         f"({result.answer_seconds * 1000:.0f} ms):"

@@ -84,7 +84,8 @@ def _default_out(config: DataConfig, given: Mapping[str, Any]) -> Path:
 def _tell_place(out: Path, given: Mapping[str, Any]) -> None:
     if given["out"] is None and not given["quiet"]:
         console.note(f"writing to {out.resolve()} (--out chooses another place)")
-    found = sorted(out.parent.glob(f"{out.name}*.checkpoint")) if out.parent.is_dir() else []
+    beside = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
+    found = [p for p in beside if p.name.startswith(out.name) and p.suffix == ".checkpoint"]
     if found and not given["resume"]:
         console.note(f"{found[0]} of an interrupted run is replaced; --resume would go on from it")
     if given["resume"] and not found:

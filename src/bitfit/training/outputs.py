@@ -20,9 +20,10 @@ from bitfit.calibration import expected_calibration_error, fit_temperature, prob
 from bitfit.data import Dataset
 from bitfit.inference import Logits, TaskHead, compute_logits
 from bitfit.metrics import majority_score
+from bitfit.model import probe_examples
 from bitfit.storage import atomic_write, pack_safetensors
 from bitfit.taskfile import StorageType, TaskFile
-from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample, references
+from bitfit.tasks import Task, references
 from bitfit.training.methods import RowMethod
 from bitfit.training.train import Split, Trainer
 
@@ -183,28 +184,18 @@ def calibrate(
     return temperature, {"ece_before": before, "ece_after": after}
 
 
-def probe_examples(task: Task) -> list[Example]:
-    """Return the neutral inputs whose logits a task file keeps."""
-    if task.kind == "span":
-        return [SpanExample(question=b, context=a) for a, b in _PROBE_TEXTS]
-    if task.kind == "tokens":
-        return [TokenExample(tuple(a.split())) for a, _ in _PROBE_TEXTS]
-    return [TextExample(a, b if task.is_pair else None) for a, b in _PROBE_TEXTS]
-
-
 def _probes(trainer: Trainer) -> list[dict[str, Any]]:
-    examples = probe_examples(trainer.task)
+    asked = [{"text": a, "text_pair": b if trainer.task.is_pair else None} for a, b in _PROBE_TEXTS]
+    examples = probe_examples(trainer.task, asked)
     row, weights = trainer.method.trained()
     features = make_features(
         trainer.encoder.base.tokenizer, trainer.task, examples, trainer.config.max_length
     )
     heads = {0: TaskHead(trainer.head, weights)}
-    logits = compute_logits(
-        trainer.encoder, features.items, row[None], trainer.method.layout, heads
-    )
+    layout = trainer.method.layout
+    logits = compute_logits(trainer.encoder, features.items, row[None], layout, heads)
     return [
-        {"text": a, "text_pair": b if trainer.task.is_pair else None, "logits": values.tolist()}
-        for (a, b), values in zip(_PROBE_TEXTS, logits, strict=True)
+        probe | {"logits": values.tolist()} for probe, values in zip(asked, logits, strict=True)
     ]
 
 

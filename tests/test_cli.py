@@ -1,0 +1,743 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from bitfit import cli
+from bitfit.cli import console, options, training
+from bitfit.training.finetune import RunStarted
+
+GOOD, BAD = "good nice fast", "bad broken late slow"
+
+
+def write_rows(path: Path, rows: int = 40, columns: str = "body,mood", seed: int = 0) -> Path:
+    """A CSV whose two labels are told by single words: even a random base learns something."""
+    draw = random.Random(seed)
+    lines = [columns]
+    for i in range(rows):
+        words, label = (GOOD, "glad") if i % 2 else (BAD, "sad")
+        text = " ".join([*draw.choices("the a bike film was is it".split(), k=3),
+                         *draw.choices(words.split(), k=2)])  # fmt: skip
+        lines.append(f"{text} {draw.randrange(10)},{label}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def base(checkpoint: Callable[..., str]) -> str:
+    return checkpoint("bert")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A function from arguments to (exit code, standard output, standard error)."""
+
+    def run_it(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err, "escape codes without a terminal"
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run_it
+
+
+Run = Callable[..., tuple[int, str, str]]
+QUICK = ("--epochs", 2, "--lr", "5e-3", "--dtype", "fp32")
+
+
+@pytest.fixture
+def trained(tmp_path: Path, base: str, run: Run) -> tuple[Path, dict[str, Any], Path]:
+    """A task file, the report of its training, and the data."""
+    data, out = write_rows(tmp_path / "moods.csv"), tmp_path / "moods.bitfit.safetensors"
+    code, text, err = run(
+        "train", "--base", base, "--data", data, "--text", "body", "--label", "mood",
+        "--out", out, *QUICK, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert text.count("\n") == 1
+    return out, json.loads(text), data
+
+
+# ------------------------------------------------------------------ train
+
+
+def test_train_json_is_one_object_with_what_the_issue_lists(
+    trained: tuple[Path, dict[str, Any], Path],
+) -> None:
+    out, report, _ = trained
+    needed = (
+        "task metric score scores method terms seed learning_rate epochs train_seconds "
+        "examples_per_second tokens_per_second peak_memory_bytes trainable file file_bytes"
+    )
+    assert not set(needed.split()) - report.keys()
+    assert set(report["trainable"]) == {"encoder", "head"}
+    assert report["task"] == "moods"
+    assert report["file"] == str(out)
+    assert report["file_bytes"] == out.stat().st_size
+
+
+def test_without_a_terminal_training_prints_a_line_per_epoch_and_a_summary(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data = write_rows(tmp_path / "moods.csv")
+    out = tmp_path / "x.bitfit.safetensors"
+    code, text, err = run("train", "--base", base, "--data", data, "--out", out, *QUICK,
+                          "--text", "body", "--label", "mood")  # fmt: skip
+    assert code == 0
+    assert [line[:9] for line in err.splitlines() if line.startswith("epoch")] == [
+        "epoch 1/2", "epoch 2/2",
+    ]  # fmt: skip
+    for expected in ("accuracy", "majority", "in the head", f"bitfit predict {out}", "rows/s"):
+        assert expected in text
+
+
+def test_the_default_file_is_named_after_the_task_and_said(
+    tmp_path: Path, base: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "moods.csv")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("train", "--base", base, "--data", "moods.csv", "--text", "body",
+                       "--label", "mood", *QUICK)  # fmt: skip
+    assert code == 0
+    assert (tmp_path / "moods.bitfit.safetensors").is_file()
+    assert str(tmp_path / "moods.bitfit.safetensors") in err
+
+
+def test_quiet_prints_nothing(tmp_path: Path, base: str, run: Run) -> None:
+    data = write_rows(tmp_path / "moods.csv")
+    code, out, err = run("train", "--base", base, "--data", data, "--text", "body", "--label",
+                         "mood", "--out", tmp_path / "q.safetensors", *QUICK, "-q")  # fmt: skip
+    assert (code, out, err) == (0, "", "")
+
+
+def test_every_evaluation_goes_to_the_log_and_to_tensorboard(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data, log, board = write_rows(tmp_path / "m.csv"), tmp_path / "logs" / "l.jsonl", tmp_path / "b"
+    code, text, _ = run(
+        "train", "--base", base, "--data", data, "--text", "body", "--label", "mood", "--lr",
+        "auto", "--epochs", 1, "--out", tmp_path / "a.safetensors", "--log", log,
+        "--tensorboard", board, "--json", "--dtype", "fp32",
+    )  # fmt: skip
+    assert code == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines] == [1e-4, 4e-4, 7e-4, 1e-3]
+    assert all("accuracy" in line["scores"] for line in lines)
+    assert len(list(board.glob("lr-*/events*"))) == 4
+    assert json.loads(text)["learning_rate"] in (1e-4, 4e-4, 7e-4, 1e-3)
+
+
+def test_a_missing_tensorboard_names_the_extra(
+    tmp_path: Path, base: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    data = write_rows(tmp_path / "m.csv")
+    code, _, err = run("train", "--base", base, "--data", data, "--tensorboard", tmp_path / "b")
+    assert code == 2
+    assert "pip install 'bitfit[tensorboard]'" in err
+
+
+def test_dry_run_says_what_would_be_trained_and_writes_nothing(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data = write_rows(tmp_path / "moods.csv")
+    with data.open("a") as file:
+        file.write("only one column\n")
+    arguments = ("train", "--base", base, "--data", data, "--text", "body", "--label", "mood",
+                 "--out", tmp_path / "no" / "x.safetensors", "--dry-run", "--skip-bad-rows",
+                 "--terms", "b_q,b_m2", "--max-length", 5)  # fmt: skip
+    code, out, _ = run(*arguments, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["rows"] == {"train": 36, "dev": 4}
+    assert plan["labels"] == ["glad", "sad"]
+    assert plan["trainable"] == {"encoder": 2 * 32 + 2 * 64, "head": 66}
+    assert plan["steps"] == 5 * 5
+    assert plan["truncated_share"] == 1.0
+    assert len(plan["skipped_rows"]) == 1
+    assert not (tmp_path / "no").exists()
+    code, out, _ = run(*arguments)
+    assert "100.0% of train" in out
+    assert "moods.csv:42" in out
+
+
+def test_skipped_rows_are_counted_and_listed(tmp_path: Path, base: str, run: Run) -> None:
+    data = write_rows(tmp_path / "moods.csv")
+    with data.open("a") as file:
+        file.write("a,b,c\n")
+    arguments = ("train", "--base", base, "--data", data, "--text", "body", "--label", "mood",
+                 "--out", tmp_path / "x.safetensors", *QUICK)  # fmt: skip
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert "moods.csv:42" in err
+    code, _, err = run(*arguments, "--skip-bad-rows")
+    assert code == 0
+    assert "1 bad row(s) left out" in err
+    assert "moods.csv:42" in err
+
+
+def test_patience_zero_means_never(tmp_path: Path, base: str, run: Run) -> None:
+    data = write_rows(tmp_path / "moods.csv")
+    code, out, _ = run(
+        "train", "--base", base, "--data", data, "--text", "body", "--label", "mood", "--json",
+        "--lr", "1e-9", "--epochs", 6, "--patience", 0, "--out", tmp_path / "x.safetensors",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["epochs"] == 6
+
+
+def test_undefined_scores_are_null_in_json(tmp_path: Path, base: str, run: Run) -> None:
+    data = tmp_path / "scores.csv"
+    data.write_text("text,score\n" + "".join(f"the film {i},{i / 7}\n" for i in range(20)))
+    dev = tmp_path / "same.csv"
+    dev.write_text("text,score\n" + "the film,1.5\nthe film,2.5\n" * 2)
+    code, out, _ = run("train", "--base", base, "--data", data, "--dev", dev, "--kind",
+                       "regression", "--label", "score", "--text", "text", "--json", *QUICK,
+                       "--out", tmp_path / "x.safetensors")  # fmt: skip
+    assert code == 0
+    report = json.loads(out, parse_constant=pytest.fail)
+    assert report["score"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--lr", "fast"), 2, "neither a number nor 'auto'"),
+        (("--storage", "fp8"), 2, "fp32, fp16, bf16, int8"),
+        (("--dtype", "fp64"), 2, "'fp64' is not one of auto, fp32, bf16"),
+        (("--method", "lora"), 2, "'lora'"),
+        (("--recipe", "papre"), 2, "'papre'"),
+        (("--terms", "queri"), 2, "Did you mean 'query'?"),
+        (("--task", "mrcp"), 2, "Did you mean 'mrpc'?"),
+        (("--label", "mod"), 2, 'mood'),
+        (("--epochs", "0"), 2, "epochs is 0"),
+        (("--epochs", "many"), 2, "--epochs"),
+        (("--threads", "0"), 2, "--threads"),
+        (("--nonsense",), 2, "--nonsense"),
+        (("--base", "/no/such/folder"), 1, "no such directory"),
+        (("--kind", "vibes"), 2, "vibes"),
+    ],
+)  # fmt: skip
+def test_misuse_is_told_apart_from_failure(
+    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, base: str, run: Run
+) -> None:
+    data = write_rows(tmp_path / "moods.csv")
+    found, out, err = run("train", "--base", base, "--data", data, "--text", "body", "--label",
+                          "mood", "--out", tmp_path / "x.safetensors", *arguments)  # fmt: skip
+    assert (found, out) == (code, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_a_missing_file_and_a_missing_option(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("train", "--data", tmp_path / "none.csv")
+    assert code == 1
+    assert "none.csv" in err
+    code, _, err = run("train")
+    assert code == 2
+    assert "--data" in err
+    assert "bitfit train --help" in err
+
+
+# ------------------------------------------------------------------ the round trip
+
+
+def test_eval_gives_the_score_that_train_reported(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    file, report, data = trained
+    arguments = ("eval", file, "--data", data, "--text", "body", "--label", "mood", "--base", base)
+    code, out, _ = run(*arguments, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["scores"] == report["scores"]
+    assert found["rows"] == report["rows"]["dev"], "only what training held out"
+    assert "held out" in found["notes"][0]
+    code, out, err = run(*arguments)
+    assert "accuracy" in out
+    assert "held out" in err
+    other = write_rows(tmp_path / "other.csv", rows=10, seed=5)
+    _, out, _ = run("eval", file, "--data", other, "--text", "body", "--label", "mood",
+                    "--base", base, "--json")  # fmt: skip
+    assert json.loads(out)["rows"] == 10
+    assert json.loads(out)["notes"] == []
+
+
+def test_eval_of_training_rows_says_so(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run
+) -> None:
+    file, report, data = trained
+    _, out, _ = run("eval", file, "--data", data, "--text", "body", "--label", "mood", "--base",
+                    base, "--split", "train", "--json")  # fmt: skip
+    found = json.loads(out)
+    assert found["rows"] == sum(report["rows"].values())
+    _, out, _ = run("eval", file, "--data", data, "--text", "body", "--label", "mood", "--base",
+                    base, "--split", "dev", "--dev-fraction", 0, "--json")  # fmt: skip
+    assert json.loads(out)["rows"] == sum(report["rows"].values())
+
+
+def test_eval_refuses_other_labels(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text("body,mood\nthe film,angry\n")
+    code, _, err = run("eval", trained[0], "--data", other, "--text", "body", "--label", "mood",
+                       "--base", base)  # fmt: skip
+    assert code == 1
+    assert "other.csv:2" in err
+    assert "glad" in err
+
+
+def test_predict_in_its_formats(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    file = trained[0]
+    code, out, err = run("predict", file, "good film", "[red]bad[/red] bike", "--base", base)
+    assert code == 0, err
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[2] for row in rows] == ["good film", "[red]bad[/red] bike"]
+    assert {row[0] for row in rows} <= {"glad", "sad"}
+    assert all(0.5 <= float(row[1]) <= 1 for row in rows)
+    _, out, _ = run("predict", file, "good film", "--base", base, "--json")
+    answer = json.loads(out)
+    assert answer["task"] == "moods"
+    assert answer["text"] == "good film"
+    assert answer["label"] == rows[0][0]
+    _, out, _ = run("predict", file, "film", "--base", base, "--min-confidence", 1)
+    assert out.startswith("?\t")
+
+
+def test_predict_from_standard_input_and_from_a_file_agree(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    file, _, data = trained
+    texts = [line.rpartition(",")[0] for line in data.read_text().splitlines()[1:]]
+    stream = io.TextIOWrapper(io.BytesIO("\n".join(texts).encode()))
+    monkeypatch.setattr("sys.stdin", stream)
+    code, piped, _ = run("predict", file, "--base", base)
+    assert code == 0
+    assert piped.count("\n") == len(texts)
+    answers = tmp_path / "out" / "answers.txt"
+    code, out, _ = run("predict", file, "--base", base, "--input", data, "--text", "body",
+                       "--output", answers)  # fmt: skip
+    assert (code, out) == (0, "")
+    assert answers.read_text() == piped
+    assert [p.name for p in answers.parent.iterdir()] == ["answers.txt"]
+
+
+def test_large_input_is_answered_in_chunks(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    source = tmp_path / "many.txt"
+    source.write_text("the film was good\n" * 600)
+    code, out, _ = run("predict", trained[0], "--base", base, "--input", source)
+    assert code == 0
+    assert out.count("\n") == 600
+
+
+def test_a_failed_prediction_leaves_the_old_output(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.txt"
+    source.write_text('{"text": "a"}\n' * 300 + "nonsense\n")
+    target.write_text("old")
+    code, _, err = run("predict", trained[0], "--base", base, "--input", source, "-o", target)
+    assert code == 1
+    assert "in.jsonl:301" in err
+    assert target.read_text() == "old"
+
+
+def test_several_tasks_answer_each_text(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.bitfit.safetensors"
+    copy.write_bytes(trained[0].read_bytes())
+    code, out, err = run("predict", trained[0], copy, "good film", "bad", "--base", base)
+    assert code == 0, err
+    assert out.count("\n") == 2
+    assert "copy=" in out, "two tasks of one name go by their files' names"
+    _, out, _ = run("predict", trained[0], copy, "good film", "--base", base, "--json")
+    assert [json.loads(line)["task"] for line in out.splitlines()] == ["moods", "copy"]
+
+
+def test_predict_refuses_what_cannot_be_meant(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    file = trained[0]
+    for arguments, code, message in (
+        (("no.safetensors", "x"), 1, "no.safetensors"),
+        (("x",), 2, "does not end in .safetensors"),
+        ((file, "x", "--input", "y.txt"), 2, "--input"),
+        ((file, "x", "--format", "xml"), 2, "text, jsonl, glue"),
+        ((file, "x", "--min-confidence", 2), 2, "expected 0 to 1"),
+        ((file, "--format", "glue", "--data", tmp_path), 2, "none of GLUE's"),
+        ((file, "x", "--data", tmp_path), 2, "--format glue"),
+        ((file, "a\tb", "--base", base), 2, "takes one text"),
+        ((file, "x", "--base", base + "x"), 1, base + "x"),
+        ((file, "x"), 1, "--base FOLDER"),
+    ):
+        found, _, err = run("predict", *arguments)
+        assert (found, message in err) == (code, True), err
+
+
+def test_a_pair_is_two_texts_with_a_tab_between(tmp_path: Path, base: str, run: Run) -> None:
+    data = tmp_path / "pairs.csv"
+    lines = [f"the film {i},a film {i},{'yes' if i % 2 else 'no'}\n" for i in range(20)]
+    data.write_text("a,b,same\n" + "".join(lines))
+    file = tmp_path / "pairs.bitfit.safetensors"
+    code, out, err = run("train", "--base", base, "--data", data, "--text", "a", "--text-pair",
+                         "b", "--label", "same", "--out", file, *QUICK)  # fmt: skip
+    assert code == 0, err
+    assert "$'one text\\tthe other'" in out
+    code, out, _ = run("predict", file, "the film\ta film", "--base", base)
+    assert code == 0
+    assert out.endswith("\tthe film | a film\n")
+    code, _, err = run("predict", file, "the film", "--base", base)
+    assert code == 2
+    assert "put a tab" in err
+
+
+# ------------------------------------------------------------------ glue
+
+
+def write_glue(folder: Path) -> Path:
+    mrpc, mnli, stsb = folder / "MRPC", folder / "MNLI", folder / "STS-B"
+    for each in (mrpc, mnli, stsb):
+        each.mkdir(parents=True)
+    head = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    rows = [f"{i % 2}\t1\t2\tthe film {i}\ta film {i}\n" for i in range(16)]
+    (mrpc / "train.tsv").write_text(head + "".join(rows))
+    (mrpc / "dev.tsv").write_text(head + "".join(rows[:6]))
+    test = "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    (mrpc / "test.tsv").write_text(test + "0\t1\t2\ta film\tthe film\n1\t1\t2\ta\tthe\n")
+    labels = ("contradiction", "entailment", "neutral")
+    pairs = [f"{i}\tthe film {i}\ta film {i}\t{labels[i % 3]}\n" for i in range(12)]
+    for split in ("train", "dev_matched", "dev_mismatched"):
+        text = "index\tsentence1\tsentence2\tgold_label\n" + "".join(pairs)
+        (mnli / f"{split}.tsv").write_text(text)
+    for split in ("test_matched", "test_mismatched"):
+        (mnli / f"{split}.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n1\tthe\ta\n")
+    scores = [f"{i}\tthe film {i}\ta film\t{i / 3:.3f}\n" for i in range(12)]
+    for split in ("train", "dev"):
+        text = "index\tsentence1\tsentence2\tscore\n" + "".join(scores)
+        (stsb / f"{split}.tsv").write_text(text)
+    (stsb / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n1\tthe\ta\n")
+    return folder
+
+
+def test_glue_from_training_to_the_servers_files(tmp_path: Path, base: str, run: Run) -> None:
+    data = write_glue(tmp_path / "glue_data")
+    for task in ("mrpc", "mnli", "stsb"):
+        file = tmp_path / "runs" / f"{task}.bitfit.safetensors"
+        code, out, err = run("train", "--base", base, "--task", task, "--data", data, "--out",
+                             file, *QUICK, "--json")  # fmt: skip
+        assert code == 0, err
+        report = json.loads(out)
+        code, out, err = run("eval", file, "--data", data, "--base", base, "--json")
+        assert code == 0, err
+        assert json.loads(out)["scores"] == report["scores"]
+    file = tmp_path / "runs" / "mrpc.bitfit.safetensors"
+    code, out, _ = run("predict", file, "--base", base, "--format", "glue", "--data", data)
+    assert code == 0
+    assert out.startswith("index\tprediction\n0\t")
+    assert {line.split("\t")[1] for line in out.splitlines()[1:]} <= {"0", "1"}
+    file = tmp_path / "runs" / "mnli.bitfit.safetensors"
+    arguments = ("predict", file, "--base", base, "--format", "glue", "--data", data)
+    assert run(*arguments)[0] == 2, "two files need a folder"
+    assert run(*arguments, "-o", tmp_path / "x.tsv")[0] == 2
+    assert run(*arguments, "-o", tmp_path / "send")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "send").iterdir()) == ["MNLI-m.tsv", "MNLI-mm.tsv"]
+    lines = (tmp_path / "send" / "MNLI-m.tsv").read_text().splitlines()[1:]
+    assert {line.split("\t")[1] for line in lines} <= {"contradiction", "entailment", "neutral"}
+    file = tmp_path / "runs" / "stsb.bitfit.safetensors"
+    code, out, _ = run("predict", file, "--base", base, "--format", "glue", "--data", data,
+                       "-o", tmp_path / "sts.tsv")  # fmt: skip
+    assert code == 0
+    values = [float(x.split("\t")[1]) for x in (tmp_path / "sts.tsv").read_text().splitlines()[1:]]
+    assert all(0 <= value <= 5 for value in values)
+
+
+# ------------------------------------------------------------------ inspect, diff, doctor, tasks
+
+
+def test_inspect_shows_checks_and_draws(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    file, report, _ = trained
+    picture = tmp_path / "figure.png"
+    code, out, err = run("inspect", file, "--check", "--base", base, "--plot", picture, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["check"]["passed"]
+    assert found["check"]["tolerance"] == 1e-3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert found["scores"] == report["scores"]
+    assert found["biases"] == report["trainable"]["encoder"]
+    totals = [row["total"] for row in found["bias_change"]]
+    assert totals == sorted(totals, reverse=True)
+    assert set(found["storage"]) == {"fp32", "fp16", "bf16", "int8"}
+    code, out, _ = run("inspect", file, "--check", "--base", base)
+    assert code == 0
+    for expected in ("b_q", "int8", "tolerance 0.001", "glad, sad", "temperature"):
+        assert expected in out
+
+
+def test_inspect_check_fails_where_answers_differ(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    import dataclasses
+
+    from bitfit import TaskFile
+
+    file = TaskFile.load(trained[0])
+    probes = [{**probe, "logits": [9.0, -9.0]} for probe in file.probes]
+    other = tmp_path / "other.safetensors"
+    dataclasses.replace(file, probes=probes).save(other)
+    code, out, err = run("inspect", other, "--check", "--base", base)
+    assert code == 1
+    assert "differs" in out
+    assert "does not answer as it did" in err
+    code, out, _ = run("inspect", other, "--check", "--base", base, "--json")
+    assert code == 1
+    assert json.loads(out)["check"]["passed"] is False
+
+
+@pytest.mark.parametrize("storage", ["fp16", "bf16", "int8"])
+def test_files_stored_in_less_pass_their_check(
+    storage: str, tmp_path: Path, base: str, run: Run
+) -> None:
+    data, out = write_rows(tmp_path / "moods.csv"), tmp_path / "m.safetensors"
+    run("train", "--base", base, "--data", data, "--text", "body", "--label", "mood", "--out",
+        out, *QUICK, "--storage", storage)  # fmt: skip
+    code, text, _ = run("inspect", out, "--check", "--base", base, "--json")
+    assert code == 0
+    assert json.loads(text)["stored_as"] == storage
+
+
+def test_inspect_refuses_a_wrong_base_and_a_wrong_figure(
+    trained: tuple[Path, dict[str, Any], Path], checkpoint: Callable[..., str], run: Run,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    code, _, err = run("inspect", trained[0], "--check", "--base", checkpoint("bert", 1))
+    assert code == 1
+    assert "was made for base" in err
+    code, _, err = run("inspect", trained[0], "--plot", tmp_path / "x.bmp")
+    assert code == 2
+    assert ".png" in err
+
+
+def test_diff_by_term_and_by_layer(trained: tuple[Path, dict[str, Any], Path], run: Run) -> None:
+    file = trained[0]
+    code, out, _ = run("diff", file, file, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["total"]["cosine"] == pytest.approx(1)
+    assert all(row["cosine"] == pytest.approx(1) for row in report["terms"])
+    norms = sum(row["norm_a"] ** 2 for row in report["terms"])
+    assert norms == pytest.approx(report["total"]["norm_a"] ** 2)
+    _, short, _ = run("diff", file, file)
+    _, long, _ = run("diff", file, file, "--layers")
+    assert len(long.splitlines()) > len(short.splitlines())
+    assert "query" in short
+
+
+def test_doctor_names_every_term_and_the_machine(base: str, run: Run) -> None:
+    code, out, _ = run("doctor", "--base", base, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["base"]["eight_terms"]["count"] == 2 * (7 * 32 + 64)
+    assert report["base"]["inert_terms"] == ["key"]
+    code, out, _ = run("doctor", "--base", base)
+    assert code == 0
+    for expected in ("b_LN1", "inert", "GFLOP/s", "packed", "extra plots"):
+        assert expected in out
+
+
+def test_doctor_is_loud_about_a_base_without_biases(
+    checkpoint: Callable[..., str], run: Run
+) -> None:
+    code, out, _ = run("doctor", "--base", checkpoint("modernbert"))
+    assert code == 0
+    assert "0 biases" in out
+    assert "--method frozen" in out
+
+
+def test_tasks_lists_what_is_built_in(run: Run) -> None:
+    code, out, _ = run("tasks")
+    assert code == 0
+    assert "Microsoft Research Paraphrase Corpus" in out
+    _, out, _ = run("tasks", "--json")
+    mnli = next(t for t in json.loads(out)["tasks"] if t["name"] == "mnli")
+    assert mnli["files"]["dev_mismatched"] == "dev_mismatched.tsv"
+
+
+# ------------------------------------------------------------------ help, errors, imports
+
+
+def test_every_command_and_option_has_help() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    assert list(group.commands) == [
+        "train", "eval", "predict", "inspect", "diff", "doctor", "tasks", "demo",
+    ]  # fmt: skip
+    for name, command in group.commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+        for flag in ("--json", "--debug"):
+            assert any(flag in p.opts for p in command.params), f"{name} {flag}"
+
+
+def test_help_and_version(run: Run) -> None:
+    assert run("--version")[1].startswith("bitfit 0.")
+    code, out, _ = run()
+    assert code == 0
+    assert "train" in out
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    assert "(default: 8)" in out
+    code, _, err = run("trian")
+    assert code == 2
+    assert "trian" in err
+
+
+def test_importing_the_command_line_imports_no_torch() -> None:
+    code = "import sys, bitfit.cli; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_an_unexpected_error_is_one_line_unless_debugging(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(given: object) -> None:
+        raise RuntimeError("what [b]now[/b]")
+
+    monkeypatch.setattr("bitfit.cli.views.inspect", fail)
+    code, _, err = run("inspect", "x")
+    assert code == 1
+    assert err == "error: RuntimeError: what [b]now[/b] (this is a bug; --debug shows where)\n"
+    assert cli.main(["inspect", "x", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"'{sys.executable}' -c 'from bitfit.cli import main; raise SystemExit(main())'"
+    pipe = f"{command} tasks --json | true"
+    found = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+
+
+def test_tables_take_text_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table(("[b]x", ">n"), [("[red]a", 1)], title="[i]t")
+    console.print_facts("[i]f", {"[k]": "[v]", "none": None})
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[b]x", "[red]a", "[i]t", "[i]f", "[k]", "[v]"))
+    assert "none" not in out
+
+
+def test_numbers_a_reader_can_read() -> None:
+    assert console.size(999) == "999 bytes"
+    assert console.size(98_488) == "98.5 kB"
+    assert console.duration(4.25) == "4.2 s"
+    assert console.duration(200) == "3 min 20 s"
+    assert console.duration(7500) == "2 h 5 min"
+    assert console.finite({"a": [float("nan"), 1.0], "b": (float("inf"),)}) == {
+        "a": [None, 1.0], "b": [None],
+    }  # fmt: skip
+
+
+def test_the_rate_is_a_number_or_auto() -> None:
+    assert options.parse_rate(None) is None
+    assert options.parse_rate("auto") == "auto"
+    assert options.parse_rate("1e-3") == 1e-3
+
+
+# ------------------------------------------------------------------ interruption
+
+
+def test_the_first_signal_asks_and_the_second_aborts(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with console.Interruption() as interruption:
+        with pytest.raises(KeyboardInterrupt):  # nothing runs yet: nothing to save
+            signal.raise_signal(signal.SIGTERM)
+        interruption.running = True
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopping after this step" in capfd.readouterr().err
+
+
+def test_a_signal_saves_a_checkpoint_and_resume_ends_in_the_same_bytes(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    file, _, data = trained
+    out = tmp_path / "again.bitfit.safetensors"
+    arguments = ("train", "--base", base, "--data", data, "--text", "body", "--label", "mood",
+                 "--out", out, "--name", "moods", *QUICK)  # fmt: skip
+    with monkeypatch.context() as patch:
+        begin = training.Watch._begin
+
+        def begin_and_interrupt(self: training.Watch, event: RunStarted) -> None:
+            begin(self, event)
+            signal.raise_signal(signal.SIGINT)
+
+        patch.setattr(training.Watch, "_begin", begin_and_interrupt)
+        code, text, err = run(*arguments)
+    assert (code, text) == (130, "")
+    assert "--resume" in err
+    assert "error" not in err
+    assert not out.exists()
+    assert Path(f"{out}.checkpoint").is_file()
+    code, _, err = run(*arguments, "--resume")
+    assert code == 0
+    assert "resumed at step 1 of 10" in err
+    assert out.read_bytes() == file.read_bytes()
+    assert not Path(f"{out}.checkpoint").exists()
+    code, _, err = run(*arguments, "--resume")
+    assert "starting anew" in err
+
+
+def test_ctrl_c_on_a_real_process(tmp_path: Path, base: str, run: Run) -> None:
+    data, out = write_rows(tmp_path / "moods.csv", 200), tmp_path / "m.bitfit.safetensors"
+    command = [
+        sys.executable, "-c", "from bitfit.cli import main; raise SystemExit(main())",
+        "train", "--base", base, "--data", str(data), "--text", "body", "--label", "mood",
+        "--out", str(out), "--epochs", "200", "--lr", "1e-3", "--dtype", "fp32", "--patience", "0",
+        "--json", "--threads", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:  # the first epoch's line: training is on its way
+        if line.startswith("epoch"):
+            break
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "the same command with --resume" in stderr
+    assert Path(f"{out}.checkpoint").is_file()
+    assert not out.exists()

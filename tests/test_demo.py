@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bitfit import TaskFile, demo
+from bitfit.cli import main
+from bitfit.errors import BitfitError
+from bitfit.training.train import StepDone
+
+
+@pytest.mark.parametrize("task", demo.TASKS)
+def test_the_example_files_come_with_the_package(task: str) -> None:
+    texts, labels = [], []
+    for path in demo.example_files(task):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        texts.append({row["text"] for row in rows})
+        labels.append({row["label"] for row in rows})
+    assert labels[0] == labels[1]
+    assert not texts[0] & texts[1]
+    assert not (texts[0] | texts[1]) & set(demo.SENTENCES)
+
+
+def test_a_missing_example_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BitfitError, match=r"mood\.train\.csv is missing"):
+        demo.example_files("mood")
+
+
+def test_the_demo_trains_three_tasks_and_answers_in_one_batch(
+    tmp_path: Path, checkpoint: Callable[..., str]
+) -> None:
+    started: list[tuple[str, str]] = []
+    steps = 0
+
+    def watch(event: object) -> None:
+        nonlocal steps
+        if isinstance(event, demo.DemoStarted):
+            started.append((event.task, event.method))
+        steps += isinstance(event, StepDone)
+
+    result = demo.run_demo(tmp_path, base=checkpoint("bert"), quick=True, on_event=watch)
+    assert started == [(t, m) for t in demo.TASKS for m in ("frozen", "bitfit")]
+    assert steps == 6 * demo.QUICK["limit"] / 8
+    assert [row["task"] for row in result.tasks] == list(demo.TASKS)
+    for row in result.tasks:
+        assert TaskFile.load(row["file"]).score == row["score"]
+        assert 0 <= row["frozen"] <= 1
+        assert Path(row["file"]).stat().st_size == row["file_bytes"]
+    assert len(result.answers) == len(demo.SENTENCES) == 4
+    for answers in result.answers:
+        assert [answer.task for answer in answers] == list(demo.TASKS)
+    report = result.to_json()
+    assert set(report["answers"][0]) == {"text", *demo.TASKS}
+
+
+def test_the_command_shows_both_tables_and_where_the_files_are(
+    tmp_path: Path, checkpoint: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["demo", "--quick", "--keep", str(tmp_path), "--base", checkpoint("bert")])
+    out, err = capsys.readouterr()
+    assert code == 0
+    assert "6/6 sentiment" in err
+    for expected in ("frozen base", "majority", str(tmp_path), "bitfit predict", *demo.SENTENCES):
+        assert expected in out
