@@ -42,7 +42,8 @@ def run_one(task: str, method: str, seed: int, data: str, threads: int) -> None:
     limit, epochs = TASKS[task]
     outcome = bitfit.finetune(
         "minilm", data=data, task=task, method=method, seed=seed, limit=limit, epochs=epochs,
-        learning_rate=RATES[method], dtype="fp32", threads=threads, train_score=True,
+        recipe="paper", keep="best", learning_rate=RATES[method], dtype="fp32", threads=threads,
+        train_score=True,
     )  # fmt: skip
     line = json.dumps(outcome.to_json() | {"limit": limit, "version": bitfit.__version__})
     with RESULTS.open("a", encoding="utf-8") as file:

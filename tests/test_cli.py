@@ -16,7 +16,8 @@ import pytest
 import typer
 
 from bitfit import cli
-from bitfit.cli import console, options, training
+from bitfit.cli import app, console, options, training
+from bitfit.errors import BaseModelError
 from bitfit.training.finetune import RunStarted
 
 GOOD, BAD = "good nice fast", "bad broken late slow"
@@ -390,10 +391,22 @@ def test_predict_refuses_what_cannot_be_meant(
         ((file, "x", "--data", tmp_path), 2, "--format glue"),
         ((file, "a\tb", "--base", base), 2, "takes one text"),
         ((file, "x", "--base", base + "x"), 1, base + "x"),
-        ((file, "x"), 1, "--base FOLDER"),
     ):
         found, _, err = run("predict", *arguments)
         assert (found, message in err) == (code, True), err
+
+
+def test_a_base_that_is_not_found_by_its_name_asks_for_its_folder(
+    trained: tuple[Path, dict[str, Any], Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_such(*_: object, **__: object) -> None:
+        raise BaseModelError("not on the hub.")
+
+    monkeypatch.setattr("bitfit.cli.scoring.open_encoder", no_such)
+    code, _, err = run("predict", trained[0], "x")
+    assert code == 1
+    assert "its base is 'bert-0'" in err
+    assert "--base FOLDER" in err
 
 
 def test_a_pair_is_two_texts_with_a_tab_between(tmp_path: Path, base: str, run: Run) -> None:
@@ -591,7 +604,7 @@ def test_tasks_lists_what_is_built_in(run: Run) -> None:
 
 
 def test_every_command_and_option_has_help() -> None:
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app.app)
     assert list(group.commands) == [
         "train", "eval", "predict", "inspect", "diff", "doctor", "tasks", "demo",
     ]  # fmt: skip
@@ -617,7 +630,9 @@ def test_help_and_version(run: Run) -> None:
 
 
 def test_importing_the_command_line_imports_no_torch() -> None:
-    code = "import sys, bitfit.cli; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    code = (
+        "import sys, bitfit.cli.app; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

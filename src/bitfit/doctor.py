@@ -57,10 +57,8 @@ def examine(
 def examine_base(encoder: Encoder) -> dict[str, Any]:
     """Return family, sizes, every bias term with its count and share, and what was proven."""
     base = encoder.base
-    size = sum(p.numel() for p in base.model.parameters())
+    total = count_parameters(encoder, base.pooling)
     pooler = 0 if encoder.pooler is None else sum(p.numel() for p in encoder.pooler.parameters())
-    # The classifier reads the pooler only where the base was made to be pooled by it.
-    total = size + (pooler if base.pooling == "pooler" else 0)
     eight = [s for s in encoder.sites if s.term in EIGHT_TERMS]
     count = sum(site.length for site in eight)
     tuned = sum(site.length for site in eight if site.term not in encoder.inert_terms)
@@ -84,6 +82,14 @@ def examine_base(encoder: Encoder) -> dict[str, Any]:
         "pooling": base.pooling,
         "trained_on": TRAINED_ON.get(base.name),
     }
+
+
+def count_parameters(encoder: Encoder, pooling: str) -> int:
+    """Return the encoder's parameters, with those of its pooler where ``pooling`` reads it."""
+    count: int = sum(p.numel() for p in encoder.model.parameters())
+    if pooling == "pooler" and encoder.pooler is not None:
+        count += sum(p.numel() for p in encoder.pooler.parameters())
+    return count
 
 
 def _layers(encoder: Encoder) -> int:

@@ -141,7 +141,7 @@ def progress(*more: TextColumn) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TaskProgressColumn(markup=False),
+        TaskProgressColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
         *more,
         TimeRemainingColumn(),

@@ -14,19 +14,18 @@ from rich.progress import Progress, TextColumn
 from bitfit.cli import console, options
 from bitfit.data import DataConfig, read_dataset
 from bitfit.data.files import project_name
-from bitfit.encoder import open_encoder
+from bitfit.doctor import count_parameters
 from bitfit.errors import BitfitError, MissingExtra, UsageError
 from bitfit.taskfile import StorageType
 from bitfit.training.finetune import Event, RunStarted, finetune
 from bitfit.training.outputs import Outcome
-from bitfit.training.settings import resolve_config
 from bitfit.training.train import EpochDone, StepDone
 
 # What finetune takes beside the data, under the same names as the options.
 _PASSED_ON = (
     "name recipe storage dtype device threads resume train_score licence description epochs "
     "batch_size seed terms method max_length pooling schedule warmup_ratio max_grad_norm "
-    "class_weights keep"
+    "class_weights keep patience revision trust_remote_code"
 ).split()
 
 
@@ -49,27 +48,10 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     config = options.data_config(given)
     arguments = {key: given[key] for key in _PASSED_ON}
     arguments["learning_rate"] = options.parse_rate(given["learning_rate"])
-    arguments["patience"] = _patience(given)
     arguments["data"] = config
     arguments["out"] = given["out"] or _default_out(config, given)
     arguments["base"] = given["base"]
-    if given["revision"] or given["trust_remote_code"]:
-        if given["threads"]:
-            torch.set_num_threads(given["threads"])
-        is_row = given["method"] in (None, "bitfit", "frozen")
-        dtype = "fp32" if given["dtype"] == "auto" and not is_row else given["dtype"]
-        arguments["base"] = open_encoder(
-            given["base"], dtype, given["device"],
-            revision=given["revision"], trust_remote_code=given["trust_remote_code"],
-        )  # fmt: skip
     return arguments
-
-
-def _patience(given: Mapping[str, Any]) -> int | None:
-    """``--patience 0`` means never: as many epochs as there are can never pass without a best."""
-    if given["patience"] != 0:
-        return given["patience"]  # type: ignore[no-any-return]
-    return resolve_config(given["recipe"], epochs=given["epochs"]).epochs
 
 
 def _default_out(config: DataConfig, given: Mapping[str, Any]) -> Path:
@@ -335,8 +317,8 @@ def show_outcome(outcome: Outcome) -> None:
     metric, trainable = report["metric"], report["trainable"]
     console.say(f"{report['task']}: {_score_line(report)}", style="bold")
     others = {k: v for k, v in report["scores"].items() if k != metric}
-    encoder = outcome.trainer.encoder
-    total = sum(p.numel() for p in encoder.model.parameters())
+    trainer = outcome.trainer
+    total = count_parameters(trainer.encoder, trainer.head.pooling)
     speed = (
         f"{report['examples_per_second']:,.0f} rows/s, {report['tokens_per_second']:,.0f} tokens/s"
     )

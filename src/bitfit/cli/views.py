@@ -328,7 +328,7 @@ def _show_machine(machine: Mapping[str, Any]) -> None:
     console.print_facts("\nmachine", {
         "device": f"{machine['device']} ({machine['device_name']}), {machine['threads']} thread(s)",
         "precision": f"{machine['dtype']} is chosen: bf16 {speeds['bf16']:,.0f} GFLOP/s, fp32 "
-        f"{speeds['fp32']:,.0f} ({speeds['bf16'] / speeds['fp32']:.1f} times)",
+        f"{speeds['fp32']:,.0f} ({speeds['bf16'] / speeds['fp32']:.2g} times)",
         "versions": ", ".join(
             f"{name} {version}" for name, version in machine["versions"].items() if version
         ) + f", python {machine['python']}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ import torch
 from bitfit.batches import make_features
 from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
 from bitfit.encoder import Encoder, open_encoder
-from bitfit.errors import TrainingInterrupted, UsageError
+from bitfit.errors import TrainingInterrupted
 from bitfit.heads import make_head
 from bitfit.tasks import Task
 from bitfit.training.methods import make_method
 from bitfit.training.outputs import Outcome, make_task_file, save_outcome
-from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
+from bitfit.training.plan import check_out, checkpoint_path, plan_run
+from bitfit.training.settings import TrainConfig
 from bitfit.training.train import EpochDone, Split, StepDone, Trainer
 
 
@@ -54,6 +54,8 @@ def finetune(
     storage: Any = "fp32",
     dtype: str = "auto",
     device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     threads: int | None = None,
     resume: bool = False,
     train_score: bool = False,
@@ -78,6 +80,8 @@ def finetune(
         storage: how the file keeps its biases: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         dtype: precision of the frozen weights: ``fp32``, ``bf16``, or ``auto``: measured.
         device: ``auto``, ``cpu``, ``cuda``.
+        revision: branch, tag or commit of a base on the hub.
+        trust_remote_code: run code that comes with the base. Only where you trust its author.
         threads: CPU threads; None leaves torch's choice.
         resume: go on from the checkpoint beside ``out``, if there is one.
         train_score: also score the training rows (the paper's generalization gap).
@@ -101,23 +105,18 @@ def finetune(
         0.93
     """
     began = time.perf_counter()
-    data_options, train_options = _sort_options(options)
-    if isinstance(data, DataConfig):
-        data_config = dataclasses.replace(data, **data_options)
-    else:
-        data_options.setdefault("seed", train_options.get("seed") or 0)
-        data_config = DataConfig(data=data, **data_options)
-    rates, learning_rate = _rates(learning_rate, train_options.get("method") or "bitfit")
-    config = resolve_config(recipe, learning_rate=learning_rate, **train_options)
+    data_config, config, rates = plan_run(data, recipe, learning_rate, options)
+    check_out(out, config)
     if threads is not None:
         torch.set_num_threads(threads)
-    _check_out(out, config)
 
     dataset = read_dataset(data_config)
-    task = _named(dataset.task, name, data_config)
+    task = dataset.task if name is None else dataclasses.replace(dataset.task, name=name)
     if dtype == "auto" and config.method not in ("bitfit", "frozen"):
         dtype = "fp32"  # methods that train matrices do it in full precision
-    encoder = base if isinstance(base, Encoder) else open_encoder(base, dtype, device)
+    encoder = base if isinstance(base, Encoder) else open_encoder(
+        base, dtype, device, revision=revision, trust_remote_code=trust_remote_code
+    )  # fmt: skip
     config = config.replace(max_length=encoder.clamp_length(config.max_length))
     splits = {
         split: _featurize(encoder, task, examples, config.max_length)
@@ -131,7 +130,7 @@ def finetune(
     for rate in rates or (config.learning_rate,):
         trainer = _make_trainer(
             encoder, task, config.replace(learning_rate=rate), splits, dataset,
-            _checkpoint(out, rate if rates else None),
+            checkpoint_path(out, rate if rates else None),
         )  # fmt: skip
         trainers.append(trainer)
         _train(trainer, resume, on_event, should_stop)
@@ -231,56 +230,3 @@ def _make_trainer(
 
 def _featurize(encoder: Encoder, task: Task, examples: Sequence[Any], max_length: int) -> Split:
     return Split(examples, make_features(encoder.base.tokenizer, task, examples, max_length))
-
-
-def _sort_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split keyword options into those of the data and those of the training."""
-    of_data = {f.name for f in dataclasses.fields(DataConfig)} - {"seed", "data"}
-    of_training = {f.name for f in dataclasses.fields(TrainConfig)} - {"recipe"}
-    for key in options:
-        if key not in of_data | of_training:
-            near = difflib.get_close_matches(key, of_data | of_training, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"unknown option {key!r}.{hint}")
-    given = {key: value for key, value in options.items() if value is not None}
-    return (
-        {key: value for key, value in given.items() if key in of_data},
-        {key: value for key, value in given.items() if key in of_training},
-    )
-
-
-def _rates(
-    learning_rate: float | str | None, method: str
-) -> tuple[tuple[float, ...] | None, float | None]:
-    """Return the rates to search over (None: no search) and the one that was given."""
-    if learning_rate == "auto":
-        return rates_to_try(method), None
-    if isinstance(learning_rate, str):
-        raise UsageError(f"learning_rate {learning_rate!r} is neither a number nor 'auto'")
-    return None, learning_rate
-
-
-def _check_out(out: str | Path | None, config: TrainConfig) -> None:
-    """Refuse a place that cannot be written before anything long begins."""
-    if out is None:
-        return
-    path = Path(out)
-    if config.method == "full":
-        if path.exists() and not (path / "bitfit.json").is_file() and any(path.iterdir()):
-            raise UsageError(
-                f"{path} exists and is no checkpoint of bitfit's: choose another --out"
-            )
-    elif path.is_dir():
-        raise UsageError(f"{path} is a directory; --out names the file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _named(task: Task, name: str | None, config: DataConfig) -> Task:
-    return task if name is None else dataclasses.replace(task, name=name)
-
-
-def _checkpoint(out: str | Path | None, rate: float | None) -> Path | None:
-    if out is None:
-        return None
-    suffix = ".checkpoint" if rate is None else f".lr-{rate:g}.checkpoint"
-    return Path(f"{out}{suffix}")

@@ -1,0 +1,84 @@
+"""From what a user asked for to a run: which options are whose, which rates, which files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from bitfit.data import DataConfig
+from bitfit.errors import UsageError
+from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
+
+
+def plan_run(
+    data: str | Path | DataConfig,
+    recipe: str,
+    learning_rate: float | str | None,
+    options: dict[str, Any],
+) -> tuple[DataConfig, TrainConfig, tuple[float, ...] | None]:
+    """Return what to read, how to train, and the rates to search over (None: one rate).
+
+    Raises:
+        UsageError: an option that does not exist or cannot be meant.
+    """
+    data_options, train_options = _sort_options(options)
+    if isinstance(data, DataConfig):
+        data_config = dataclasses.replace(data, **data_options)
+    else:
+        data_options.setdefault("seed", train_options.get("seed", 0))
+        data_config = DataConfig(data=data, **data_options)
+    rates, learning_rate = _rates(learning_rate, train_options.get("method", "bitfit"))
+    config = resolve_config(recipe, learning_rate=learning_rate, **train_options)
+    return data_config, config, rates
+
+
+def _sort_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword options into those of the data and those of the training."""
+    of_data = {f.name for f in dataclasses.fields(DataConfig)} - {"seed", "data"}
+    of_training = {f.name for f in dataclasses.fields(TrainConfig)} - {"recipe"}
+    for key in options:
+        if key not in of_data | of_training:
+            near = difflib.get_close_matches(key, of_data | of_training, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"unknown option {key!r}.{hint}")
+    given = {key: value for key, value in options.items() if value is not None}
+    return (
+        {key: value for key, value in given.items() if key in of_data},
+        {key: value for key, value in given.items() if key in of_training},
+    )
+
+
+def _rates(
+    learning_rate: float | str | None, method: str
+) -> tuple[tuple[float, ...] | None, float | None]:
+    """Return the rates to search over (None: no search) and the one that was given."""
+    if learning_rate == "auto":
+        return rates_to_try(method), None
+    if isinstance(learning_rate, str):
+        raise UsageError(f"learning_rate {learning_rate!r} is neither a number nor 'auto'")
+    return None, learning_rate
+
+
+def check_out(out: str | Path | None, config: TrainConfig) -> None:
+    """Refuse a place that cannot be written before anything long begins."""
+    if out is None:
+        return
+    path = Path(out)
+    if config.method == "full":
+        if path.exists() and not (path / "bitfit.json").is_file() and any(path.iterdir()):
+            raise UsageError(
+                f"{path} exists and is no checkpoint of bitfit's: choose another --out"
+            )
+    elif path.is_dir():
+        raise UsageError(f"{path} is a directory; --out names the file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def checkpoint_path(out: str | Path | None, rate: float | None) -> Path | None:
+    """Return where a run that writes ``out`` keeps its state; a search has one per rate."""
+    if out is None:
+        return None
+    suffix = ".checkpoint" if rate is None else f".lr-{rate:g}.checkpoint"
+    return Path(f"{out}{suffix}")
