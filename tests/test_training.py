@@ -480,6 +480,17 @@ def test_options_that_do_not_exist_are_refused_with_the_nearest(checkpoint, tick
         run(checkpoint, tickets, learning_rate="best")
     with pytest.raises(UsageError, match="is a directory"):
         run(checkpoint, tickets, out=tmp_path)
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UsageError, match="is a file"):
+        run(checkpoint, tickets, out=tmp_path / "file", method="full")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "thesis.txt").write_text("kept")
+    with pytest.raises(UsageError, match="take another"):
+        run(checkpoint, tickets, out=tmp_path / "sub", method="full")
+    with pytest.raises(UsageError, match="cannot be written"):
+        run(checkpoint, tickets, out=tmp_path / "file" / "task")
+    with pytest.raises(UsageError, match="storage 'int4'"):
+        run(checkpoint, tickets, storage="int4")
     with pytest.raises(UsageError, match="dtype 'fp8'"):
         run(checkpoint, tickets, dtype="fp8")
 

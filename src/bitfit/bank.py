@@ -201,5 +201,6 @@ class Bank:
         if name not in self._index:
             near = difflib.get_close_matches(name, self._index, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UnknownTask(f"unknown task {name!r}.{hint} The bank holds {len(self)} task(s).")
+            known = ", ".join([*self.names[:10], *(["..."] if len(self) > 10 else [])]) or "none"
+            raise UnknownTask(f"unknown task {name!r}.{hint} Loaded ({len(self)}): {known}.")
         return self._index[name]

@@ -43,7 +43,7 @@ def examine(
 
     Example:
         >>> examine("minilm")["base"]["eight_terms"]["count"]  # doctest: +SKIP
-        23040
+        25344
     """
     place = choose_device(device)
     loaded = load_base(base, revision=revision, trust_remote_code=trust_remote_code)

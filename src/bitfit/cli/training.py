@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any
 
 import torch
 from rich.progress import Progress, TextColumn
@@ -15,8 +15,7 @@ from bitfit.cli import console, options
 from bitfit.data import DataConfig, read_dataset
 from bitfit.data.files import project_name
 from bitfit.doctor import count_parameters
-from bitfit.errors import BitfitError, MissingExtra, UsageError
-from bitfit.taskfile import StorageType
+from bitfit.errors import BitfitError, MissingExtra
 from bitfit.training.finetune import Event, RunStarted, finetune
 from bitfit.training.outputs import Outcome
 from bitfit.training.train import EpochDone, StepDone
@@ -41,10 +40,6 @@ def run(given: Mapping[str, Any]) -> Outcome:
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    if given["storage"] not in get_args(StorageType):
-        raise UsageError(
-            f"--storage {given['storage']!r} is not one of {', '.join(get_args(StorageType))}"
-        )
     config = options.data_config(given)
     arguments = {key: given[key] for key in _PASSED_ON}
     arguments["learning_rate"] = options.parse_rate(given["learning_rate"])

@@ -114,7 +114,7 @@ def _guess_pair(columns: Sequence[str]) -> tuple[str | None, str | None]:
 
 def _no_column(table: Table, role: str) -> UsageError:
     return UsageError(
-        f"{table.file}: which column is the {role}? Name it with {role}; "
+        f"{table.file}: which column is the {role}? Say it with {role} (--{role}); "
         f"the columns are {shown(table.columns)}"
     )
 

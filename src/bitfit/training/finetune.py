@@ -106,14 +106,14 @@ def finetune(
     """
     began = time.perf_counter()
     data_config, config, rates = plan_run(data, recipe, learning_rate, options)
-    check_out(out, config)
+    check_out(out, storage, config)
     if threads is not None:
         torch.set_num_threads(threads)
 
     dataset = read_dataset(data_config)
     task = dataset.task if name is None else dataclasses.replace(dataset.task, name=name)
-    if dtype == "auto" and config.method not in ("bitfit", "frozen"):
-        dtype = "fp32"  # methods that train matrices do it in full precision
+    if dtype == "auto" and (recipe == "paper" or config.method not in ("bitfit", "frozen")):
+        dtype = "fp32"  # part of the paper's recipe, and of methods that train matrices
     encoder = base if isinstance(base, Encoder) else open_encoder(
         base, dtype, device, revision=revision, trust_remote_code=trust_remote_code
     )  # fmt: skip

@@ -78,7 +78,10 @@ class Outcome:
             "kept_epoch": trainer.kept_epoch,
             "best_epoch": trainer.progress.best_epoch,
             "best_score": _number(trainer.progress.best_score),
-            "history": trainer.progress.history,
+            "history": [
+                epoch | {"dev": {k: _number(v) for k, v in epoch["dev"].items()}}
+                for epoch in trainer.progress.history
+            ],
             "base": file.base.name,
             "rows": {k: len(v) for k, v in self.dataset.splits.items()},
             "held_out": self.dataset.held_out,

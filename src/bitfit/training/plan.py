@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bitfit.data import DataConfig
 from bitfit.errors import UsageError
+from bitfit.taskfile import StorageType
 from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
 
 
@@ -61,19 +62,24 @@ def _rates(
     return None, learning_rate
 
 
-def check_out(out: str | Path | None, config: TrainConfig) -> None:
-    """Refuse a place that cannot be written before anything long begins."""
+def check_out(out: str | Path | None, storage: str, config: TrainConfig) -> None:
+    """Refuse what cannot be written before anything long begins."""
+    if storage not in get_args(StorageType):
+        raise UsageError(f"storage {storage!r} is not one of {', '.join(get_args(StorageType))}")
     if out is None:
         return
     path = Path(out)
-    if config.method == "full":
-        if path.exists() and not (path / "bitfit.json").is_file() and any(path.iterdir()):
-            raise UsageError(
-                f"{path} exists and is no checkpoint of bitfit's: choose another --out"
-            )
-    elif path.is_dir():
-        raise UsageError(f"{path} is a directory; --out names the file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if config.method != "full":
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory; --out names the file to write")
+    elif path.is_file():
+        raise UsageError(f"{path} is a file; --method full writes a directory")
+    elif path.is_dir() and any(path.iterdir()) and not (path / "bitfit.json").is_file():
+        raise UsageError(f"{path} exists and is no checkpoint of bitfit's: take another --out")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def checkpoint_path(out: str | Path | None, rate: float | None) -> Path | None:
