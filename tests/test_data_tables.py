@@ -58,7 +58,7 @@ def test_pairs_are_guessed_from_common_names(tmp_path: Path) -> None:
 def test_an_unguessable_column_lists_the_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "t.csv", "foo,bar\na,b\n")
     assert complaint(path) == (
-        "t.csv: which column is the text? Name it with text; the columns are foo, bar"
+        "t.csv: which column is the text? Say it with text (--text); the columns are foo, bar"
     )
     assert "which column is the label?" in complaint(path, text="foo")
 
