@@ -13,7 +13,7 @@ LAYERS = (
     {"tasks", "storage", "calibration"},
     {"metrics", "data", "terms", "identity"},
     {"bank", "base", "batches"},
-    {"encoder", "taskfile"},
+    {"encoder", "taskfile", "comparison"},
     {"heads", "inference"},
     {"model", "tuned"},
     {"training"},

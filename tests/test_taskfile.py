@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitfit.comparison import bias_change, compare, storage_loss
 from bitfit.errors import (
     BitfitError,
     CorruptTaskFile,
@@ -36,9 +37,6 @@ from bitfit.taskfile import (
     STORAGE_TYPES,
     TaskFile,
     _file_hash,
-    bias_change,
-    compare,
-    storage_loss,
     stretches,
 )
 from bitfit.tasks import Task

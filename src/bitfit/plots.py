@@ -18,7 +18,7 @@ def change_table(changes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Args:
         changes: one entry per bias vector: ``term``, ``layer`` (None where it stands once) and
-            ``mean_abs``, from :func:`bitfit.taskfile.bias_change`.
+            ``mean_abs``, from :func:`bitfit.comparison.bias_change`.
 
     Returns:
         Per term: ``term``, ``symbol`` (the paper's, or the term itself), ``layers`` ``{layer: mean

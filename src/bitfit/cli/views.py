@@ -14,10 +14,11 @@ from rich.text import Text
 from bitfit.cli import console
 from bitfit.cli.scoring import open_model, trained_dtype
 from bitfit.cli.training import short_list
+from bitfit.comparison import bias_change, compare, storage_loss
 from bitfit.doctor import examine as examine_all
 from bitfit.errors import UsageError
 from bitfit.plots import change_table, check_plot_path, plot_bias_change
-from bitfit.taskfile import TaskFile, bias_change, compare, storage_loss
+from bitfit.taskfile import TaskFile
 from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample
 from bitfit.terms import SYMBOLS
 
