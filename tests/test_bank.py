@@ -80,3 +80,8 @@ def test_an_unknown_task_is_an_error_with_the_nearest_name():
         bank.add("sentiment", torch.zeros(12))
     with pytest.raises(UsageError, match="12 values, not 11"):
         bank.add("other", torch.zeros(11))
+
+
+def test_a_layout_that_unfolds_to_millions_is_refused_early():
+    with pytest.raises(TaskFileError, match="twice"):
+        parse_layout([["query", ",".join(["0-999"] * 2700), 1]])

@@ -756,3 +756,75 @@ def test_ctrl_c_on_a_real_process(tmp_path: Path, base: str, run: Run) -> None:
     assert "the same command with --resume" in stderr
     assert Path(f"{out}.checkpoint").is_file()
     assert not out.exists()
+
+
+def test_the_check_of_a_span_task_passes(tmp_path: Path, base: str, run: Run) -> None:
+    rows = [{"question": "what", "context": f"a red bike {'very ' * i}fast",
+             "answers": {"text": ["red"], "answer_start": [2]}} for i in range(12)]  # fmt: skip
+    data, out = tmp_path / "rows.jsonl", tmp_path / "span.bitfit.safetensors"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    code, _, err = run("train", "--base", base, "--data", data, "--out", out,
+                       "--max-length", 80, *QUICK)  # fmt: skip
+    assert code == 0, err
+    code, text, err = run("inspect", out, "--check", "--base", base, "--json")
+    assert code == 0, text + err
+
+
+def test_eval_finds_the_held_out_rows_whatever_share_they_were(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data, out = write_rows(tmp_path / "moods.csv"), tmp_path / "moods.bitfit.safetensors"
+    columns = ("--data", data, "--text", "body", "--label", "mood", "--base", base)
+    code, text, err = run("train", *columns, "--dev-fraction", 0.3, "--out", out, *QUICK, "--json")
+    assert code == 0, err
+    code, found, err = run("eval", out, *columns, "--json")
+    assert code == 0, err
+    assert json.loads(found)["rows"] == json.loads(text)["rows"]["dev"] == 12
+    assert json.loads(found)["scores"] == json.loads(text)["scores"]
+
+
+def test_training_says_its_precision_and_that_it_pads(
+    checkpoint: Callable[..., str], tmp_path: Path, run: Run
+) -> None:
+    data, out = write_rows(tmp_path / "moods.csv"), tmp_path / "task"
+    for family, padded in (("bert", False), ("mpnet", True)):
+        code, _, err = run("train", "--base", checkpoint(family), "--data", data, "--text", "body",
+                           "--label", "mood", "--out", out, *QUICK)  # fmt: skip
+        assert code == 0, err
+        assert "in float32 on " in err
+        assert ("in padded batches" in err) == padded
+
+
+def test_control_characters_of_a_file_never_reach_the_terminal(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data, out = write_rows(tmp_path / "moods.csv"), tmp_path / "moods.bitfit.safetensors"
+    code, _, err = run("train", "--data", data, "--text", "body", "--label", "mood", "--base", base,
+                       "--out", out, "--description", "a\x1b[2Jb\x9bc", *QUICK)  # fmt: skip
+    assert code == 0, err
+    code, text, err = run("inspect", out)
+    assert code == 0, err
+    assert "a\ufffd[2Jb\ufffdc" in text
+    code, text, _ = run("predict", out, "good \x1b]0;x\x07film", "--base", base)
+    assert code == 0
+    assert "good \ufffd]0;x\ufffdfilm" in text
+
+
+def test_a_broken_row_in_a_glue_test_file_is_no_silent_gap(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    folder = tmp_path / "glue_data" / "QQP"
+    folder.mkdir(parents=True)
+    rows = "".join(f"{i}\t1\t2\tthe film\ta film\t{i % 2}\n" for i in range(12))
+    for split in ("train", "dev"):
+        head = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+        (folder / f"{split}.tsv").write_text(head + rows)
+    (folder / "test.tsv").write_text("id\tquestion1\tquestion2\n0\tthe film\ta film\n1\tthe\n")
+    out = tmp_path / "qqp.bitfit.safetensors"
+    code, _, err = run("train", "--base", base, "--task", "qqp", "--data", folder.parent, "--out",
+                       out, *QUICK)  # fmt: skip
+    assert code == 0, err
+    code, _, err = run("predict", out, "--base", base, "--format", "glue", "--data", folder.parent)
+    assert code == 1
+    assert "test.tsv:3" in err
+    assert "every row" in err

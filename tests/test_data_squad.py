@@ -90,3 +90,15 @@ def test_real_squad_is_read_whole(real_data: Callable[..., Path], task: str | No
     assert [len(part) for part in data.splits.values()] == [7984, 2586]
     assert not data.held_out
     assert not data.skipped
+
+
+def test_only_a_test_split_may_lack_answers(tmp_path: Path) -> None:
+    unanswered = {"id": "q2", "question": "q2?"}
+    train = write(tmp_path / "train.json", squad(question("q1", (4, "cat")), unanswered))
+    with pytest.raises(DataError, match="question q2: no answer"):
+        read_dataset(DataConfig(data=train, dev_fraction=0.0))
+    good = write(tmp_path / "good.json", squad(question("q1", (4, "cat"))))
+    data = read_dataset(DataConfig(data=good, test=train, dev_fraction=0.0))
+    assert [e.answers is None for e in data.splits["test"] if isinstance(e, SpanExample)] == [
+        False, True,
+    ]  # fmt: skip

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import make_checkpoint
 
 from bitfit import doctor
-from bitfit.encoder import Encoder
+from bitfit.encoder import Encoder, open_encoder
 
 
 @pytest.mark.parametrize(
@@ -72,3 +73,10 @@ def test_the_extras_are_those_of_the_project() -> None:
     path = Path(__file__).parents[1] / "pyproject.toml"
     project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
     assert set(doctor.EXTRAS) == set(project["optional-dependencies"])
+
+
+def test_what_is_tuned_by_default_is_counted_in_a_family_of_unknown_names(tmp_path: Path) -> None:
+    encoder = open_encoder(make_checkpoint(tmp_path, "ernie"), "fp32")
+    report = doctor.examine_base(encoder)
+    assert report["eight_terms"]["count"] == 0
+    assert report["default_terms"]["count"] == 2 * (7 * 32 + 64)

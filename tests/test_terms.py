@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tiny import CONFIGS
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModel,
     BertConfig,
     BertForSequenceClassification,
@@ -194,3 +195,9 @@ def test_select_biases_works_on_a_bare_encoder_and_on_roberta():
     assert len(select_biases(model, "all")) == 8
     assert len(select_biases(model.roberta, "key")) == 1
     assert not any(p.requires_grad for n, p in model.roberta.named_parameters() if "key" not in n)
+
+
+def test_layers_where_there_are_none_say_that_the_term_stands_once():
+    albert = find_sites(on_meta(AlbertConfig(hidden_size=64, num_attention_heads=4)))
+    with pytest.raises(UnknownTerm, match="'query' stands once in this base"):
+        choose_sites(albert, "query@0")

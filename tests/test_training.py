@@ -526,3 +526,22 @@ def test_every_kind_of_task_trains_saves_and_predicts(kind, checkpoint, tmp_path
     assert key in answer
     if kind == "span":
         assert "a red bike"[answer["start"] :].startswith(answer["answer"])
+
+
+def test_a_search_without_dev_rows_is_refused(checkpoint, tickets):
+    with pytest.raises(UsageError, match="chooses on dev rows"):
+        bitfit.finetune(checkpoint(), data=tickets, learning_rate="auto", dev_fraction=0)
+
+
+def test_class_weights_are_refused_where_they_would_be_ignored(checkpoint, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "good film,1.5\nbad bike,0.5\n" * 5, encoding="utf-8")
+    with pytest.raises(UsageError, match="is regression: leave it out"):
+        bitfit.finetune(checkpoint(), data=path, class_weights="balanced")
+
+
+def test_an_open_encoder_of_another_precision_is_refused(open_tiny, tickets):
+    encoder = open_tiny(dtype=torch.bfloat16)
+    for options in ({"dtype": "fp32"}, {"recipe": "paper"}):
+        with pytest.raises(UsageError, match="open encoder is torch"):
+            bitfit.finetune(encoder, data=tickets, **options)

@@ -67,7 +67,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_config(family: str, **changes: Any) -> Any:
     """The configuration of a tiny base of ``family``."""
     options = {"vocab_size": len(SPECIALS) + len(WORDS), "pad_token_id": 0}
-    return AutoConfig.for_model(family, **(options | _SMALL | CONFIGS[family] | changes))
+    return AutoConfig.for_model(family, **(options | _SMALL | CONFIGS.get(family, {}) | changes))
 
 
 def make_checkpoint(folder: Path, family: str = "bert", seed: int = 0, **changes: Any) -> str:

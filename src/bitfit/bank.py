@@ -133,6 +133,8 @@ def _split_layers(layers: str | None) -> list[int | None]:
         if dash and not (last.isascii() and last.isdigit() and len(last) < 4):
             raise TaskFileError(f"the layout in the file has bad layers {layers!r:.80}")
         found.extend(range(int(first), int(last if dash else first) + 1))
+        if len(found) > 1000:  # numbers have three digits: one is there twice
+            raise TaskFileError("the layout in the file names a bias twice")
     return found
 
 

@@ -227,11 +227,30 @@ def position_offset(config: Any) -> int:
     return int(config.pad_token_id) + 1 if config.model_type in begins_after_padding else 0
 
 
+def classifier_dropout(config: Any) -> float:
+    """Return the dropout before a classifier, by the first of its names that is set."""
+    for name in (
+        "classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout",
+        "hidden_dropout_prob", "dropout",
+    ):  # fmt: skip
+        rate = getattr(config, name, None)
+        if isinstance(rate, (int, float)) and not isinstance(rate, bool):
+            return float(rate)
+    return 0.1
+
+
 def choose_device(device: str) -> torch.device:
     """Return the device that ``device`` means; ``auto`` is a GPU where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        place = torch.device(device)
     except RuntimeError as error:
         raise BaseModelError(f"device {device!r} is not known to torch: {error}") from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if place.type == "meta" or (place.type == "cuda" and (place.index or 0) >= count):
+        raise BaseModelError(
+            f"device {device!r}: this torch sees {count} GPU(s); use cpu or auto, or install a "
+            "build of torch that has it"
+        )
+    return place

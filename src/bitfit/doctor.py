@@ -11,7 +11,7 @@ import torch
 
 from bitfit.base import TRAINED_ON, choose_device, load_base, max_positions
 from bitfit.encoder import Encoder, measure_precision
-from bitfit.terms import EIGHT_TERMS, SYMBOLS, Site
+from bitfit.terms import EIGHT_TERMS, SYMBOLS, Site, choose_sites
 
 # Extra -> the modules that it brings.
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -61,7 +61,8 @@ def examine_base(encoder: Encoder) -> dict[str, Any]:
     pooler = 0 if encoder.pooler is None else sum(p.numel() for p in encoder.pooler.parameters())
     eight = [s for s in encoder.sites if s.term in EIGHT_TERMS]
     count = sum(site.length for site in eight)
-    tuned = sum(site.length for site in eight if site.term not in encoder.inert_terms)
+    chosen = choose_sites(encoder.sites, "all", inert=encoder.inert_terms) if encoder.sites else ()
+    tuned = sum(site.length for site in chosen)
     return {
         "name": base.name,
         "sha256": base.identity.sha256,

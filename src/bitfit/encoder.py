@@ -25,6 +25,7 @@ from bitfit.bank import Layout
 from bitfit.base import (
     Base,
     choose_device,
+    classifier_dropout,
     load_base,
     max_positions,
     position_offset,
@@ -240,11 +241,7 @@ class Encoder:
     @property
     def dropout_rate(self) -> float:
         """The base's own dropout on hidden states, which its classifier head uses too."""
-        config = self.base.config
-        for name in ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout"):
-            if isinstance(rate := getattr(config, name, None), float):
-                return rate
-        return 0.1
+        return classifier_dropout(self.base.config)
 
     @property
     def weights(self) -> int:
@@ -413,7 +410,8 @@ class Encoder:
         pad = self.base.config.pad_token_id or 0
         features = []
         for length in (5, 9, 3):
-            ids = random.integers(pad + 1, self.base.config.vocab_size, length)
+            ids = random.integers(0, self.base.config.vocab_size - 1, length)
+            ids += ids >= pad  # every token but the padding
             features.append(Feature(ids, np.zeros_like(ids), 0))
         return pack(features).to(self.device)
 

@@ -206,15 +206,15 @@ class Model:
         """
         file = self.task(task).file
         name = next(n for n, t in self._tasks.items() if t.file is file)
+        answers = references(examples)
+        if any(answer is None for answer in answers):
+            raise UsageError("this split has no answers to compare with: use predict")
         features = self._features(name, examples)
         index = [self.bank.index(name)] * len(features)
         heads = {self.bank.index(name): self._tasks[name].head}
         logits = compute_logits(
             self.encoder, features, self.bank.rows, self.bank.layout, heads, index
         )
-        answers = references(examples)
-        if any(answer is None for answer in answers):
-            raise UsageError("this split has no answers to compare with: use predict")
         predictions = read_predictions(file.task, examples, features, logits)
         return compute_metrics(file.task, predictions, answers)
 
@@ -236,7 +236,9 @@ class Model:
     def _features(self, name: str, examples: Sequence[Example]) -> list[Feature]:
         file = self._tasks[name].file
         tokenizer = self.encoder.base.tokenizer
-        return make_features(tokenizer, file.task, examples, file.max_length).items
+        # A file of someone's own loop may ask for more than the base has positions for.
+        max_length = self.encoder.clamp_length(file.max_length)
+        return make_features(tokenizer, file.task, examples, max_length).items
 
     def _names(self, texts: Sequence[Text], task: str | Sequence[str] | None) -> list[str]:
         if task is None or isinstance(task, str):

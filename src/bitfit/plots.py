@@ -129,5 +129,5 @@ def _math(symbol: str) -> str:
     """``b_LN1`` -> ``b`` with the subscript LN1; other names as they are."""
     letter, line, below = symbol.partition("_")
     if symbol not in SYMBOLS.values() or not line:
-        return symbol
+        return symbol.replace("$", r"\$")
     return rf"${letter}_{{\mathrm{{{below}}}}}$"

@@ -67,7 +67,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
         BitfitError: with the path and the system's reason (permission, no space, a directory).
     """
     target = Path(os.path.realpath(path))  # a link stays a link
-    temporary = target.with_name(f".{target.name[:150]}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -201,7 +201,7 @@ def _choose_item(sites: Sequence[Site], item: str, inert: frozenset[str]) -> Ite
         wanted = {_our_name(sites, name)}
     first, last = _layer_range(item, layers) if at else (None, None)
     depth = 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
-    if last is not None and last >= depth:
+    if last is not None and depth and last >= depth:
         raise UnknownTerm(f"{item!r}: this base has layers 0 to {depth - 1}")
     for site in sites:
         if site.term not in wanted:

@@ -77,6 +77,12 @@ def task_from_model(
                 f"{name} is not in base {base.name!r}: a task file holds differences to its base, "
                 "so it has no place for it"
             )
+    for name in sorted(theirs.keys() - mine.keys()):
+        if not name.startswith("pooler."):  # heads over tokens have none
+            raise UsageError(
+                f"{name} of base {base.name!r} is not in this model: it must be the whole base, "
+                "with all of its layers"
+            )
     names = [f"{site.path}.bias" for site in chosen]
     row = [mine[name].float() - theirs[name].float() for name in names]
     return TaskFile(

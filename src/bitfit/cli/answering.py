@@ -16,7 +16,7 @@ from rich.progress import Progress, TextColumn
 from bitfit.cli import console
 from bitfit.cli.scoring import builtin_of, open_model
 from bitfit.data import DataConfig, iter_texts, read_dataset
-from bitfit.errors import UsageError
+from bitfit.errors import DataError, UsageError
 from bitfit.model import Model, Prediction
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import TextExample
@@ -155,7 +155,8 @@ def _line(example: TextExample, answers: Sequence[Prediction], style: str) -> st
             f"{a.task}={a.text}" + (f" ({a.confidence:.3f})" if a.confidence is not None else "")
             for a in answers
         ]
-    return "\t".join([*(" ".join(field.split()) for field in fields), text]) + "\n"
+    line = "\t".join([*(" ".join(field.split()) for field in fields), text])
+    return f"{console.printable(line)}\n"
 
 
 def _sink(path: Path | None) -> Any:
@@ -203,6 +204,10 @@ def _submit(model: Model, file: TaskFile, given: Mapping[str, Any]) -> None:
     dataset = read_dataset(
         DataConfig(data=given["data"], task=builtin.task.name, splits=tuple(names))
     )
+    if dataset.skipped:
+        raise DataError(
+            f"{dataset.skipped[0]}; the server takes an answer to every row: fetch the file again"
+        )
     output: Path | None = given["output"]
     if output is not None and output.suffix == ".tsv" and len(names) > 1:
         raise UsageError(f"{builtin.task.name} has two test files: --output names a folder")

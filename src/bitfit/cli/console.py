@@ -32,6 +32,15 @@ class _State:
 STATE = _State()
 
 
+# What a terminal would obey: escape sequences in a task file or a text are shown, not run.
+_CONTROLS = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with each control character but tab and line feed replaced."""
+    return text.translate(_CONTROLS)
+
+
 def output() -> Console:
     """Return a console on standard output; without a terminal nothing is cut to 80 columns."""
     return _console(sys.stdout)
@@ -49,17 +58,17 @@ def _console(file: IO[str]) -> Console:
 
 def error(message: str) -> None:
     """Print an error on standard error."""
-    messages().print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
+    messages().print(Text.assemble(("error:", "bold red"), " ", printable(message)), soft_wrap=True)
 
 
 def note(message: str) -> None:
     """Print a message on standard error."""
-    messages().print(Text(message), soft_wrap=True)
+    messages().print(Text(printable(message)), soft_wrap=True)
 
 
 def say(message: str, style: str = "") -> None:
     """Print a line of a result on standard output."""
-    output().print(Text(message, style=style), soft_wrap=True)
+    output().print(Text(printable(message), style=style), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -85,7 +94,8 @@ def print_table(
         right = column.startswith(">")
         table.add_column(Text(column.lstrip(">"), "bold"), justify="right" if right else "left")
     for row in rows:  # as Text: a user's "[red]" is text and no markup
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        cells = (c if isinstance(c, Text) else Text(printable(str(c))) for c in row)
+        table.add_row(*cells)
     if title is not None:
         say(title, "bold")
     _print(table)
@@ -96,7 +106,7 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
         if value is not None:
-            table.add_row(Text(f"  {key}", "dim"), Text(str(value)))
+            table.add_row(Text(f"  {key}", "dim"), Text(printable(str(value))))
     if title:
         say(title, "bold")
     if table.row_count:
@@ -185,7 +195,7 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         BitfitError: it cannot be written.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:150]}.{secrets.token_hex(6)}.tmp")
+    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         file = temporary.open("x", encoding="utf-8", newline="")

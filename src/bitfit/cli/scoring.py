@@ -140,7 +140,11 @@ def _held_out(
     """Return the rows that training held out of ``examples``; None where it trained on others."""
     if config.dev_fraction == 0:
         return None
-    rest, held = hold_out(examples, config.dev_fraction, config.seed)
+    # The file says which share was held out.
+    fraction = file.recipe.get("dev_fraction") or config.dev_fraction
+    if not isinstance(fraction, float) or not 0 < fraction < 1:
+        return None
+    rest, held = hold_out(examples, fraction, config.seed)
     kept = take_limit(rest, int(file.recipe.get("train_rows") or len(rest)), config.seed)
     return held if held and dataset_hash(kept) == file.data_hash else None
 

@@ -226,8 +226,15 @@ def _headline(event: RunStarted, many_rates: bool) -> str:
     return (
         f"{event.task.name}: {len(event.train.examples):,} training rows, {dev}; training "
         f"{event.encoder_count:,} values of {event.encoder.base.name} and a head of "
-        f"{event.head_count:,} in {event.total_steps:,} steps{rate}"
+        f"{event.head_count:,} in {event.total_steps:,} steps{rate}, in {_how_it_runs(event)}"
     )
+
+
+def _how_it_runs(event: RunStarted) -> str:
+    encoder = event.encoder
+    padded = "" if encoder.packed else ", in padded batches: packing does not hold for this family"
+    dtype = str(encoder.dtype).removeprefix("torch.")
+    return f"{dtype} on {encoder.device.type}{padded}"
 
 
 # ------------------------------------------------------------------ before and after

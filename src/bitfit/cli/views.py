@@ -17,9 +17,9 @@ from bitfit.cli.training import short_list
 from bitfit.comparison import bias_change, compare, storage_loss
 from bitfit.doctor import examine as examine_all
 from bitfit.errors import UsageError
+from bitfit.model import probe_examples
 from bitfit.plots import change_table, check_plot_path, plot_bias_change
 from bitfit.taskfile import TaskFile
-from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample
 from bitfit.terms import SYMBOLS
 
 TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2}
@@ -82,7 +82,7 @@ def check_probes(file: TaskFile, given: Mapping[str, Any]) -> dict[str, Any]:
     is_rounded = model.encoder.dtype != torch.float32 or file.dtype != "fp32"
     is_rounded = is_rounded or file.recipe.get("dtype") not in (None, "float32")
     tolerance = TOLERANCES["bf16" if is_rounded else "fp32"]
-    examples = [_probe(file.task, probe) for probe in file.probes]
+    examples = probe_examples(file.task, file.probes)
     _, found = model.logits(examples, [file.task.name] * len(examples))
     probes = []
     for probe, logits in zip(file.probes, found, strict=True):
@@ -97,13 +97,6 @@ def check_probes(file: TaskFile, given: Mapping[str, Any]) -> dict[str, Any]:
         "passed": all(p["passed"] for p in probes), "tolerance": tolerance,
         "dtype": str(model.encoder.dtype).removeprefix("torch."), "probes": probes,
     }  # fmt: skip
-
-
-def _probe(task: Task, probe: Mapping[str, Any]) -> Example:
-    text, pair = probe["text"], probe["text_pair"]
-    if task.kind == "span":
-        return SpanExample(question=pair or "", context=text)
-    return TokenExample(tuple(text.split())) if task.kind == "tokens" else TextExample(text, pair)
 
 
 def show_file(report: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from bitfit.data.rows import Fault, RowGuard, check_text, did_you_mean, shown
 from bitfit.data.squad import span_example
@@ -310,14 +311,17 @@ def _span_splits(
             raise UsageError("span needs the columns question, context and answers")
         return None
 
-    def parse(row: Mapping[str, object]) -> SpanExample:
+    def parse(row: Mapping[str, object], is_test: bool) -> SpanExample:
         answers = row["answers"]
         if isinstance(answers, Mapping):  # the hub's layout: a list per field
             texts, starts = answers.get("text") or (), answers.get("answer_start") or ()
             answers = [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=False)]
-        return span_example({**row, "answers": answers}, row["context"])
+        return span_example({**row, "answers": answers}, row["context"], is_test=is_test)
 
-    return {s: [e for _, e in guard.parse(t.file, t.rows, parse)] for s, t in tables.items()}
+    return {
+        s: [e for _, e in guard.parse(t.file, t.rows, partial(parse, is_test=s.startswith("test")))]
+        for s, t in tables.items()
+    }
 
 
 def _example_parser(

@@ -103,7 +103,10 @@ def _from_files(layout: Layout, config: DataConfig, guard: RowGuard) -> _Raw:
     if layout.format in _TOKEN_FORMATS:
         return _from_sentences(layout, config, guard)
     if layout.format == "squad":
-        splits = {s: read_squad(paths[0], guard) for s, paths in layout.files.items()}
+        splits = {
+            s: read_squad(paths[0], guard, is_test=s.startswith("test"))
+            for s, paths in layout.files.items()
+        }
         if config.kind not in (None, "span"):
             raise UsageError(f"SQuAD is of the kind span, not {config.kind}")
         builtin = config.builtin

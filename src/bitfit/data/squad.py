@@ -14,8 +14,8 @@ from bitfit.tasks import SpanExample
 _SHAPE = 'expected SQuAD v1.1: {"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}'
 
 
-def read_squad(path: Path, guard: RowGuard) -> list[SpanExample]:
-    """Return the questions of a SQuAD v1.1 file in their order.
+def read_squad(path: Path, guard: RowGuard, *, is_test: bool = False) -> list[SpanExample]:
+    """Return the questions of a SQuAD v1.1 file in their order; only a test's may lack answers.
 
     Raises:
         DataError: on a file of another shape; on an answer that does not stand where it says.
@@ -28,7 +28,8 @@ def read_squad(path: Path, guard: RowGuard) -> list[SpanExample]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: JSON that cannot be read: {error}") from None
     questions = ((0, pair) for pair in _questions(document, str(path)))
-    examples = [e for _, e in guard.parse(str(path), questions, lambda pair: span_example(*pair))]
+    parsed = guard.parse(str(path), questions, lambda q: span_example(*q, is_test=is_test))
+    examples = [example for _, example in parsed]
     if not examples and not guard.skipped:
         raise DataError(f"{path}: no questions; {_SHAPE}")
     return examples
@@ -45,10 +46,10 @@ def _questions(document: object, file: str) -> Iterator[tuple[Any, Any]]:
         raise DataError(f"{file}: {_SHAPE}") from None
 
 
-def span_example(question: object, context: object) -> SpanExample:
+def span_example(question: object, context: object, *, is_test: bool = False) -> SpanExample:
     """Return one question, checked; ``question`` holds question, id and answers.
 
-    An absent ``answers`` means that they are not known; an empty list is SQuAD v2's
+    In a test an absent ``answers`` means that they are not known; an empty list is SQuAD v2's
     "no answer", which is refused.
     """
     if not isinstance(question, Mapping) or not isinstance(question.get("question"), str):
@@ -58,7 +59,7 @@ def span_example(question: object, context: object) -> SpanExample:
     if not isinstance(context, str) or not context.strip():
         raise Fault(f"question {name}: the context is no text")
     answers = question.get("answers")
-    if answers is not None:
+    if answers is not None or not is_test:
         if not isinstance(answers, (list, tuple)) or not answers:
             raise Fault(f"question {name}: no answer; SQuAD v1.1 has one or more, v2 is not read")
         answers = tuple(_answer(answer, context, name) for answer in answers)

@@ -14,12 +14,12 @@ import torch
 from bitfit.batches import make_features
 from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
 from bitfit.encoder import Encoder, open_encoder
-from bitfit.errors import TrainingInterrupted
+from bitfit.errors import TrainingInterrupted, UsageError
 from bitfit.heads import make_head
 from bitfit.tasks import Task
 from bitfit.training.methods import make_method
 from bitfit.training.outputs import Outcome, make_task_file, save_outcome
-from bitfit.training.plan import check_out, checkpoint_path, plan_run
+from bitfit.training.plan import check_dtype, check_out, checkpoint_path, plan_run
 from bitfit.training.settings import TrainConfig
 from bitfit.training.train import EpochDone, Split, StepDone, Trainer
 
@@ -117,6 +117,7 @@ def finetune(
     encoder = base if isinstance(base, Encoder) else open_encoder(
         base, dtype, device, revision=revision, trust_remote_code=trust_remote_code
     )  # fmt: skip
+    check_dtype(encoder, dtype)
     config = config.replace(max_length=encoder.clamp_length(config.max_length))
     splits = {
         split: _featurize(encoder, task, examples, config.max_length)
@@ -124,15 +125,20 @@ def finetune(
         if split.startswith(("train", "dev"))
     }
 
+    if rates and "dev" not in splits:
+        raise UsageError(
+            "learning_rate 'auto' (--lr auto) chooses on dev rows and there are none: name a dev "
+            "file, let dev_fraction be above 0, or give one rate"
+        )
     best: Trainer | None = None
     candidates: list[dict[str, Any]] = []
-    trainers: list[Trainer] = []
+    checkpoints: list[Path | None] = []
     for rate in rates or (config.learning_rate,):
         trainer = _make_trainer(
             encoder, task, config.replace(learning_rate=rate), splits, dataset,
             checkpoint_path(out, rate if rates else None),
         )  # fmt: skip
-        trainers.append(trainer)
+        checkpoints.append(trainer.checkpoint)
         _train(trainer, resume, on_event, should_stop)
         candidates.append({"learning_rate": rate, "score": trainer.progress.best_score})
         if best is None or trainer.progress.best_score > best.progress.best_score:
@@ -144,12 +150,14 @@ def finetune(
         file = make_task_file(
             best, splits, data_hash=dataset_hash(dataset.splits["train"]),
             candidates=candidates if rates else None, train_score=train_score,
+            held_out=data_config.dev_fraction if dataset.held_out else None,
             storage=storage, licence=licence, description=description,
         )  # fmt: skip
         if out is not None:
             save_outcome(Path(out), best, file)
-            for trainer in trainers:
-                trainer.discard_checkpoint()
+            for checkpoint in checkpoints:
+                if checkpoint is not None:
+                    checkpoint.unlink(missing_ok=True)
     finally:
         best.method.uninstall()
     return Outcome(

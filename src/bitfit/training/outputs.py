@@ -114,6 +114,7 @@ def make_task_file(
     data_hash: str,
     candidates: list[dict[str, Any]] | None,
     train_score: bool,
+    held_out: float | None,
     storage: StorageType,
     licence: str | None,
     description: str | None,
@@ -143,6 +144,8 @@ def make_task_file(
         "train_rows": len(trainer.train.examples),
         "dev_rows": 0 if trainer.dev is None else len(trainer.dev.examples),
     }
+    if held_out is not None:
+        recipe["dev_fraction"] = held_out
     if candidates is not None:
         recipe["rates_tried"] = [c | {"score": _number(c["score"])} for c in candidates]
     return TaskFile(

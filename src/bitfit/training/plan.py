@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bitfit.data import DataConfig
+from bitfit.encoder import DTYPES, Encoder
 from bitfit.errors import UsageError
 from bitfit.taskfile import StorageType
 from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
@@ -80,6 +81,15 @@ def check_out(out: str | Path | None, storage: str, config: TrainConfig) -> None
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_dtype(encoder: Encoder, dtype: str) -> None:
+    """Refuse a precision that an encoder, opened before, does not compute in."""
+    if dtype != "auto" and DTYPES.get(dtype) != encoder.dtype:
+        raise UsageError(
+            f"this run is to compute in {dtype!r}, but the open encoder is {encoder.dtype}: open "
+            f"it with bitfit.open_encoder(base, {dtype!r})"
+        )
 
 
 def checkpoint_path(out: str | Path | None, rate: float | None) -> Path | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitfit.batches import Features, pack
 from bitfit.encoder import DropoutBits, Encoder
-from bitfit.errors import BitfitError, TrainingDiverged
+from bitfit.errors import BitfitError, TrainingDiverged, UsageError
 from bitfit.heads import Head, batch_loss, head_logits, read_predictions
 from bitfit.inference import Logits, TaskHead, compute_logits, head_inputs
 from bitfit.metrics import compute_metrics
@@ -295,7 +295,10 @@ class Trainer:
         if self.config.class_weights is None:
             return None
         if self.head.kind not in ("classification", "tokens"):
-            return None
+            raise UsageError(
+                f"class_weights {self.config.class_weights!r} is for classification and tokens, "
+                f"task {self.task.name!r} is {self.head.kind}: leave it out"
+            )
         labels = np.concatenate([np.ravel(f.label) for f in self.train.features.items])
         counts = np.bincount(labels.astype(np.int64), minlength=self.head.num_outputs)
         weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
@@ -341,11 +344,6 @@ class Trainer:
         self.progress = Progress(**note["progress"])
         self._epoch_loss = torch.tensor(self.progress.loss_sum, device=self.encoder.device)
         return True
-
-    def discard_checkpoint(self) -> None:
-        """Delete the checkpoint of a run whose result is safe elsewhere."""
-        if self.checkpoint is not None:
-            self.checkpoint.unlink(missing_ok=True)
 
     def _state(self) -> dict[str, Tensor]:
         groups = {

@@ -1,0 +1,5 @@
+"""``python -m bitfit``: the command line."""
+
+from bitfit.cli import main
+
+main()
