@@ -223,11 +223,19 @@ def test_the_best_epoch_is_kept_and_the_last_on_request(open_tiny):
 
 def test_early_stopping_waits_its_patience(open_tiny):
     trainer = make_trainer(open_tiny(), epochs=9, patience=2)
-    scores = iter([0.5, 0.9, 0.7, 0.9, 1.0])
+    scores = iter([0.5, 0.9, 0.7, 0.8, 1.0])
     trainer.evaluate = lambda split: ({"accuracy": next(scores)}, [])
     list(trainer.run())
     assert [h["epoch"] for h in trainer.progress.history] == [1, 2, 3, 4]
     assert trainer.progress.stopped
+
+
+def test_of_equal_scores_the_later_epoch_is_kept(open_tiny):
+    trainer = make_trainer(open_tiny(), epochs=3)
+    scores = iter([0.9, 0.9, 0.8])
+    trainer.evaluate = lambda split: ({"accuracy": next(scores)}, [])
+    list(trainer.run())
+    assert trainer.progress.best_epoch == 2
 
 
 def test_an_undefined_score_never_wins(open_tiny):
@@ -389,8 +397,7 @@ def test_a_csv_becomes_a_task_file(checkpoint, tickets, tmp_path):
     assert file.recipe["kept_epoch"] == outcome.trainer.kept_epoch
     assert file.recipe["keep"] == "best"
     assert file.recipe["learning_rate"] == 2e-2
-    assert 0.05 <= file.temperature <= 20
-    assert file.calibration["ece_after"] <= 1
+    assert file.temperature is None  # 18 dev rows calibrate nothing
     assert len(file.probes) == 3
     assert not list(out.parent.glob("*checkpoint*"))
     report = json.loads(json.dumps(outcome.to_json(), allow_nan=False))
@@ -444,6 +451,57 @@ def test_an_interrupted_search_resumes_to_the_same_bytes(checkpoint, tickets, tm
             )
     run(checkpoint, tickets, out=tmp_path / "parts", resume=True, **options)
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_checkpoint_that_is_not_resumed_is_kept_aside(checkpoint, tickets, tmp_path):
+    out = tmp_path / "task"
+    with pytest.raises(TrainingInterrupted):
+        run(checkpoint, tickets, out=out, should_stop=lambda: True)
+    state = (tmp_path / "task.checkpoint").read_bytes()
+    run(checkpoint, tickets, out=out, epochs=1, seed=9)
+    assert (tmp_path / "task.checkpoint.old").read_bytes() == state
+    assert not (tmp_path / "task.checkpoint").exists()
+
+
+def test_resuming_repeats_the_precision_and_threads_of_the_checkpoint(
+    checkpoint, tickets, tmp_path, monkeypatch
+):
+    options = {"out": tmp_path / "task", "epochs": 1, "dtype": "auto"}
+    with pytest.raises(TrainingInterrupted):
+        run(checkpoint, tickets, should_stop=lambda: True, **options)
+    # a measurement that comes out the other way on another day
+    other = types.SimpleNamespace(dtype=torch.bfloat16, gflops={})
+    monkeypatch.setattr("bitfit.encoder.measure_precision", lambda *a: other)
+    outcome = run(checkpoint, tickets, resume=True, **options)
+    assert outcome.file.recipe["dtype"] == "float32"
+
+
+def test_a_file_of_the_users_is_never_overwritten(checkpoint, tickets, tmp_path):
+    before = tickets.read_bytes()
+    with pytest.raises(UsageError, match="would be lost"):
+        run(checkpoint, tickets, out=tickets)
+    assert tickets.read_bytes() == before
+    for _ in range(2):  # one of ours is replaced
+        run(checkpoint, tickets, out=tmp_path / "task", epochs=1)
+
+
+def test_enough_dev_rows_are_calibrated(checkpoint, tmp_path):
+    random = np.random.default_rng(0)
+    rows = ["text,label"]
+    for i in range(200):
+        words = random.choice("film bike was very late nice order".split(), 4)
+        label = i % 2 if random.random() < 0.8 else 1 - i % 2
+        rows.append(f"{('bad', 'good')[i % 2]} {' '.join(words)},{label}")
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    outcome = bitfit.finetune(
+        checkpoint(), data=path, dev_fraction=0.4, epochs=4, learning_rate=2e-2, dtype="fp32",
+        pooling="mean",
+    )  # fmt: skip
+    assert 0.05 < outcome.file.temperature < 20
+    calibration = outcome.file.calibration
+    assert 0 <= calibration["ece_after"] <= 1
+    assert 0 <= calibration["ece_before"] <= 1
 
 
 def test_full_saves_an_ordinary_checkpoint_and_leaves_the_base(checkpoint, tickets, tmp_path):

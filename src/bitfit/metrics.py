@@ -108,15 +108,13 @@ def accuracy(predictions: Array, references: Array) -> float:
 
 def f1_binary(predictions: Array, references: Array) -> float:
     """Return F1 of the class with index 1, as GLUE scores MRPC and QQP; 0 where nothing is hit."""
-    return _f1_of(predictions == 1, references == 1)
+    return _f1(predictions == 1, references == 1, average="binary")
 
 
 def f1_macro(predictions: Array, references: Array) -> float:
     """Return the mean F1 over the classes that occur in either array, each weighing the same."""
-    classes = np.union1d(predictions, references)
-    return float(
-        np.mean([_f1_of(predictions == c, references == c) for c in classes if c != CUT_OFF])
-    )
+    classes = [c for c in np.union1d(predictions, references) if c != CUT_OFF]
+    return _f1(predictions, references, labels=classes, average="macro")
 
 
 def f1_micro(predictions: Array, references: Array) -> float:
@@ -125,34 +123,30 @@ def f1_micro(predictions: Array, references: Array) -> float:
 
 
 def matthews(predictions: Array, references: Array) -> float:
-    """Return Matthews' correlation for any number of classes; 0 where either side is constant.
+    """Return Matthews' correlation for any number of classes; 0 where either side is constant."""
+    from sklearn.metrics import matthews_corrcoef
 
-    Gorodkin 2004, as scikit-learn computes it; for two classes the usual phi coefficient.
-    """
-    classes = np.union1d(predictions, references)
-    predicted = np.array([np.sum(predictions == c) for c in classes], dtype=np.float64)
-    truth = np.array([np.sum(references == c) for c in classes], dtype=np.float64)
-    n, hits = float(len(references)), float(np.sum(predictions == references))
-    spread = (n * n - predicted @ predicted) * (n * n - truth @ truth)
-    return float((hits * n - predicted @ truth) / math.sqrt(spread)) if spread > 0 else 0.0
+    if len(np.unique(references)) < 2 or len(np.unique(predictions)) < 2:
+        return 0.0  # scikit-learn says so too, but warns of a single label
+    return float(matthews_corrcoef(references, predictions))
 
 
-def _f1_of(predicted: Array, truth: Array) -> float:
-    # 2 TP / (2 TP + FP + FN), which is F1 without the detour over precision and recall.
-    total = int(predicted.sum()) + int(truth.sum())
-    return 2 * int((predicted & truth).sum()) / total if total else 0.0
+def _f1(predictions: Array, references: Array, **options: Any) -> float:
+    # Imported here: scikit-learn takes a second, and correlations and answers need none of it.
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references, predictions, zero_division=0.0, **options))
 
 
 # ------------------------------------------------------------------ several labels
 
 
 def _multilabel_f1_macro(predictions: Array, references: Array) -> float:
-    columns = range(references.shape[1])
-    return float(np.mean([_f1_of(predictions[:, c] == 1, references[:, c] == 1) for c in columns]))
+    return _f1(predictions, references, average="macro")
 
 
 def _multilabel_f1_micro(predictions: Array, references: Array) -> float:
-    return _f1_of(predictions == 1, references == 1)
+    return _f1(predictions, references, average="micro")
 
 
 def subset_accuracy(predictions: Array, references: Array) -> float:

@@ -88,6 +88,8 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
+        if not str(self.data).strip():
+            raise UsageError("data is empty; name a file, a folder, or hub:owner/name")
         self._check_choices()
         self._check_numbers()
         if self.labels is not None:

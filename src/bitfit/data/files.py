@@ -28,7 +28,7 @@ SUFFIXES = {
     ".tagged": "ptb",
     ".mrg": "ptb",
 }
-_SPLIT_FILE = re.compile(r"(?:.*[-_.])?(train|dev|validation|valid|val|test)(?:-v1\.1)?")
+_SPLIT_FILE = re.compile(r"(?:(?P<name>.*)[-_.])?(?P<split>train|dev|validation|valid|val|test)(?:-v1\.1)?")
 _SPLIT_WORDS = {"train": "train", "test": "test"}
 
 Files = dict[str, tuple[Path, ...]]
@@ -55,6 +55,8 @@ def find_files(config: DataConfig) -> Layout:
     if not data.exists():
         hint = f"; a data set of the hub is written hub:{config.data}"
         raise DataError(f"no such file or folder: {data}{hint if not data.suffix else ''}")
+    if not (data.is_file() or data.is_dir()):
+        raise DataError(f"{data} is no regular file; save the rows to a file first")
     builtin = config.builtin
     if data.is_file():
         layout = Layout(_file_format(data, config), _single_file(data, config), str(data.parent))
@@ -68,8 +70,10 @@ def find_files(config: DataConfig) -> Layout:
 def project_name(config: DataConfig) -> str:
     """Return a name for a task of the user's own: that of its file or folder."""
     path = Path(str(config.data)).resolve()
-    is_split = _SPLIT_FILE.fullmatch(path.stem) is not None and path.parent.name != ""
-    stem = (path.parent.name if is_split else path.stem).replace(":", "-")
+    split = _SPLIT_FILE.fullmatch(path.stem)
+    # "intent.train.csv" is called intent, "tickets/train.csv" tickets
+    stem = path.stem if split is None else split["name"] or path.parent.name
+    stem = stem.replace(":", "-")
     return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "task"
 
 
@@ -123,7 +127,7 @@ def _folder_layout(data: Path, config: DataConfig) -> Layout:
         match = _SPLIT_FILE.fullmatch(path.stem.lower())
         if table_format is None or match is None or not path.is_file():
             continue
-        split = _SPLIT_WORDS.get(match[1], "dev")
+        split = _SPLIT_WORDS.get(match["split"], "dev")
         files = by_format.setdefault(table_format, {})
         if split in files:
             raise DataError(

@@ -13,13 +13,19 @@ import torch
 
 from bitfit.batches import make_features
 from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
-from bitfit.encoder import Encoder, open_encoder
+from bitfit.encoder import DTYPES, Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted, UsageError
 from bitfit.heads import make_head
 from bitfit.tasks import Task
 from bitfit.training.methods import make_method
 from bitfit.training.outputs import Outcome, make_task_file, save_outcome
-from bitfit.training.plan import check_dtype, check_out, checkpoint_path, plan_run
+from bitfit.training.plan import (
+    check_dtype,
+    check_out,
+    checkpoint_path,
+    plan_run,
+    resume_conditions,
+)
 from bitfit.training.settings import TrainConfig
 from bitfit.training.train import EpochDone, Split, StepDone, Trainer
 
@@ -107,12 +113,15 @@ def finetune(
     began = time.perf_counter()
     data_config, config, rates = plan_run(data, recipe, learning_rate, options)
     check_out(out, storage, config)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    before = resume_conditions(out, rates) if resume else {}
+    if threads or "threads" in before:
+        torch.set_num_threads(threads or before["threads"])
 
     dataset = read_dataset(data_config)
     task = dataset.task if name is None else dataclasses.replace(dataset.task, name=name)
-    if dtype == "auto" and (recipe == "paper" or config.method not in ("bitfit", "frozen")):
+    if dtype == "auto" and "dtype" in before:
+        dtype = before["dtype"]
+    elif dtype == "auto" and (recipe == "paper" or config.method not in ("bitfit", "frozen")):
         dtype = "fp32"  # part of the paper's recipe, and of methods that train matrices
     encoder = base if isinstance(base, Encoder) else open_encoder(
         base, dtype, device, revision=revision, trust_remote_code=trust_remote_code
@@ -188,6 +197,8 @@ def _run(
 ) -> None:
     if resume:
         trainer.resume()
+    else:
+        trainer.set_aside_checkpoint()
     if on_event is not None:
         on_event(RunStarted(
             trainer.task, trainer.config, trainer.encoder, trainer.method.encoder_count,
@@ -228,7 +239,7 @@ def _make_trainer(
             "tokenizer": encoder.base.tokenizer_sha256,
             "train rows": dataset_hash(dataset.splits["train"]),
             "dev rows": dataset_hash(dataset.splits.get("dev", ())),
-            "dtype": str(encoder.dtype),
+            "dtype": next(name for name, value in DTYPES.items() if value == encoder.dtype),
             "device": encoder.device.type,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

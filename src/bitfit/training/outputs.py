@@ -16,7 +16,13 @@ import torch
 
 from bitfit.base import encoder_tensors
 from bitfit.batches import make_features
-from bitfit.calibration import expected_calibration_error, fit_temperature, probabilities
+from bitfit.calibration import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    expected_calibration_error,
+    fit_temperature,
+    probabilities,
+)
 from bitfit.data import Dataset
 from bitfit.inference import Logits, TaskHead, compute_logits
 from bitfit.metrics import majority_score
@@ -27,6 +33,8 @@ from bitfit.tasks import Task, references
 from bitfit.training.methods import RowMethod
 from bitfit.training.train import Split, Trainer
 
+# With fewer, one wrong answer moves the calibration error by more than what is to be measured.
+MIN_CALIBRATION_ROWS = 50
 # What a task answers to these is kept in its file, so that any machine can prove that it works.
 # They are neutral on purpose: a file must not carry its user's texts.
 _PROBE_TEXTS = (
@@ -178,12 +186,15 @@ def calibrate(
 ) -> tuple[float | None, dict[str, float] | None]:
     """Return the temperature fitted on dev and the calibration error before and after it.
 
-    Of classification only; (None, None) for the other kinds.
+    Of classification only, and with enough dev rows: (None, None) otherwise, and where the best
+    temperature is at the end of its range (every answer right, or none), which says nothing.
     """
-    if task.kind != "classification" or len(dev.examples) < 2:
+    if task.kind != "classification" or len(dev.examples) < MIN_CALIBRATION_ROWS:
         return None, None
     table, labels = np.stack(logits).astype(np.float64), np.asarray(references(dev.examples))
     temperature = fit_temperature(table, labels)
+    if not 1.01 * MIN_TEMPERATURE < temperature < 0.99 * MAX_TEMPERATURE:
+        return None, None
     before, after = (
         expected_calibration_error(probabilities(table, t), labels) for t in (1.0, temperature)
     )

@@ -12,6 +12,7 @@ from bitfit.encoder import DTYPES, Encoder
 from bitfit.errors import UsageError
 from bitfit.taskfile import StorageType
 from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
+from bitfit.training.train import recorded_conditions
 
 
 def plan_run(
@@ -73,6 +74,10 @@ def check_out(out: str | Path | None, storage: str, config: TrainConfig) -> None
     if config.method != "full":
         if path.is_dir():
             raise UsageError(f"{path} is a directory; --out names the file to write")
+        if path.exists() and not _is_ours(path):
+            raise UsageError(
+                f"{path} exists and was not written by bitfit: it would be lost. Take another --out"
+            )
     elif path.is_file():
         raise UsageError(f"{path} is a file; --method full writes a directory")
     elif path.is_dir() and any(path.iterdir()) and not (path / "bitfit.json").is_file():
@@ -83,6 +88,13 @@ def check_out(out: str | Path | None, storage: str, config: TrainConfig) -> None
         raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins as bitfit's own do: a safetensors header whose metadata has our key."""
+    with path.open("rb") as file:
+        begin = file.read(4096)
+    return begin[8:9] == b"{" and b'"bitfit' in begin
+
+
 def check_dtype(encoder: Encoder, dtype: str) -> None:
     """Refuse a precision that an encoder, opened before, does not compute in."""
     if dtype != "auto" and DTYPES.get(dtype) != encoder.dtype:
@@ -90,6 +102,14 @@ def check_dtype(encoder: Encoder, dtype: str) -> None:
             f"this run is to compute in {dtype!r}, but the open encoder is {encoder.dtype}: open "
             f"it with bitfit.open_encoder(base, {dtype!r})"
         )
+
+
+def resume_conditions(out: str | Path | None, rates: tuple[float, ...] | None) -> dict[str, Any]:
+    """Return the precision and threads of the checkpoint that is resumed; empty without one.
+
+    A resumed run ends in the same bytes only under the same conditions, so they are repeated.
+    """
+    return recorded_conditions(checkpoint_path(out, rates[0] if rates else None))
 
 
 def checkpoint_path(out: str | Path | None, rate: float | None) -> Path | None:

@@ -256,7 +256,8 @@ class Trainer:
         score = scores.get(self.task.metric, math.nan)
         # An undefined score (a constant prediction has no correlation) is worse than any other.
         score = -math.inf if math.isnan(score) else score
-        is_best = progress.best_epoch == 0 or score > progress.best_score
+        # Of equal scores the later epoch: on a small dev set it has the lower loss by far.
+        is_best = progress.best_epoch == 0 or score >= progress.best_score
         if is_best or self.dev is None:
             progress.best_epoch, progress.best_score = epoch, score
             self.best = [t.detach().clone() for t in self.method.tensors]
@@ -324,14 +325,7 @@ class Trainer:
         """
         if self.checkpoint is None or not self.checkpoint.exists():
             return False
-        tensors, text = unpack_safetensors(
-            self.checkpoint.read_bytes(),
-            CHECKPOINT_KEY,
-            source=str(self.checkpoint),
-            what="checkpoint",
-            error=BitfitError,
-        )
-        note = json.loads(text)
+        tensors, note = _read_checkpoint(self.checkpoint)
         differs = [k for k, v in self.identity.items() if note["identity"].get(k) != v]
         if differs:
             raise BitfitError(
@@ -345,6 +339,11 @@ class Trainer:
         self._epoch_loss = torch.tensor(self.progress.loss_sum, device=self.encoder.device)
         return True
 
+    def set_aside_checkpoint(self) -> None:
+        """Keep the checkpoint of an earlier run that is not resumed, under another name."""
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self.checkpoint.replace(f"{self.checkpoint}.old")
+
     def _state(self) -> dict[str, Tensor]:
         groups = {
             "trained": self.method.tensors,
@@ -357,6 +356,24 @@ class Trainer:
             for group, tensors in groups.items()
             for i, tensor in enumerate(tensors)
         }
+
+
+def recorded_conditions(checkpoint: Path | None) -> dict[str, Any]:
+    """Return what a checkpoint's run depended on (``dtype``, ``threads``, ...); empty without one.
+
+    Raises:
+        BitfitError: the checkpoint is damaged.
+    """
+    if checkpoint is None or not checkpoint.exists():
+        return {}
+    return dict(_read_checkpoint(checkpoint)[1]["identity"])
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, text = unpack_safetensors(
+        path.read_bytes(), CHECKPOINT_KEY, source=str(path), what="checkpoint", error=BitfitError
+    )
+    return tensors, json.loads(text)
 
 
 CHECKPOINT_KEY = "bitfit_checkpoint"
