@@ -23,10 +23,11 @@ demo: setup  ## train three tasks on one base and answer with all of them
 test: setup  ## the tests, without network, GPU or long runs
 	$(BIN)/python -m pytest
 
-check: setup  ## style, types
+check: setup  ## style, types, direction of the imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_package.py -k "imports or cycle"
 
 bench: setup  ## the benchmarks (minutes)
 	$(BIN)/python benchmarks/speed.py

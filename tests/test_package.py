@@ -132,3 +132,9 @@ def test_the_package_is_typed_and_ships_its_example():
     for task in ("intent", "urgency", "sentiment"):
         for split in ("train", "dev"):
             assert (SOURCE / "example" / f"{task}.{split}.csv").exists()
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "bitfit", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert bitfit.__version__ in done.stdout

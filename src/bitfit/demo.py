@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfit.encoder import open_encoder
-from bitfit.errors import BitfitError
+from bitfit.errors import BitfitError, UsageError
 from bitfit.model import Model, Prediction
 from bitfit.training.finetune import Event, finetune
 from bitfit.training.outputs import Outcome
@@ -32,7 +32,7 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class DemoStarted:
-    """One of the demo's six runs begins."""
+    """One of the demo's six runs begins (three if quick)."""
 
     task: str
     method: str
@@ -47,7 +47,7 @@ class DemoResult:
 
     tasks: list[dict[str, Any]]
     """Per task: ``task, classes, rows, metric, score, majority, frozen, trained, head, file,
-    file_bytes, seconds``."""
+    file_bytes, seconds``; ``frozen`` is None if quick."""
     sentences: Sequence[str]
     answers: list[list[Prediction]]
     """Per sentence one answer of each task."""
@@ -93,16 +93,25 @@ def run_demo(
     Args:
         folder: where the task files go.
         base: the base; the demo is made for ``minilm``.
-        quick: one short epoch a task, to see that it runs; the scores mean little.
+        quick: one short epoch a task and no frozen baselines, to see that it runs; the scores mean
+            nothing.
         on_event: told of every run, step and epoch.
 
     Raises:
+        UsageError: ``folder`` cannot be one.
         MissingExtra: ``minilm`` without its package.
     """
     began = time.perf_counter()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; the demo's task files go to a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be a folder: {error.strerror or error}") from error
     encoder = open_encoder(base)
     rows: list[dict[str, Any]] = []
-    runs = [(task, method) for task in TASKS for method in ("frozen", "bitfit")]
+    methods = ("bitfit",) if quick else ("frozen", "bitfit")
+    runs = [(task, method) for task in TASKS for method in methods]
     frozen: dict[str, float] = {}
     for number, (task, method) in enumerate(runs, 1):
         if on_event is not None:
@@ -118,7 +127,7 @@ def run_demo(
         if method == "frozen":
             frozen[task] = outcome.score
         else:
-            rows.append(_row(outcome, frozen[task]))
+            rows.append(_row(outcome, frozen.get(task)))
     model = Model(encoder)
     for row in rows:
         model.add(row["file"])
@@ -130,7 +139,7 @@ def run_demo(
     return DemoResult(rows, SENTENCES, answers, now - before, now - began)
 
 
-def _row(outcome: Outcome, frozen: float) -> dict[str, Any]:
+def _row(outcome: Outcome, frozen: float | None) -> dict[str, Any]:
     report = outcome.to_json()
     metric = report["metric"]
     return {

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 failed, 2 misused, 130 interrupted."""
+    """Run the command line and return its exit code: 0, 1 failed, 2 misused, 130 interrupted.
+
+    141 where the reader of standard output went away.
+    """
     from bitfit.cli.app import run
 
     return run(argv)

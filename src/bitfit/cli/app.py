@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from bitfit.cli import console, look, train, use
 from bitfit.errors import BitfitError
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 app = typer.Typer(
     name="bitfit",
@@ -63,6 +64,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line, by default the process' own, and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     console.STATE.debug = False
+    if sys.stdout is None:  # as after `>&-`
+        console.error("standard output is closed")
+        return 1
     try:
         code = _invoke(arguments or ["--help"])
         sys.stdout.flush()
@@ -70,10 +74,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.error("aborted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader went away, as `head` does. What is left in the buffer has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:  # the reader went away, as `head` does
+        _drop_output()
+        return BROKEN_PIPE
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich turns one into an exit with 1
+            _drop_output()
+            return BROKEN_PIPE
+        raise
     except BitfitError as error:
         _trace(error)
         if error.exit_code == INTERRUPTED:
@@ -83,8 +91,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # of typer or click: the command line is wrong
-            return _misuse(error)
+            return _misuse(error, arguments)
         _trace(error)
+        if isinstance(error, OSError) and (problem := _output_problem()) is not None:
+            console.error(f"standard output: {problem}")
+            return 1
         hint = "" if console.STATE.debug else " (this is a bug; --debug shows where)"
         console.error(f"{type(error).__name__}: {error}{hint}")
         return 1
@@ -92,16 +103,60 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def _invoke(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
-    code = command.main(arguments, prog_name="bitfit", standalone_mode=False)
-    return code if isinstance(code, int) else 0
+    _hide_type_of_flags(command)
+    for each in getattr(command, "commands", {}).values():
+        _hide_type_of_flags(each)
+    try:  # not command.main, which makes an exit with 1 of a broken pipe
+        with command.make_context("bitfit", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
 
 
-def _misuse(error: Exception) -> int:
+def _hide_type_of_flags(command: Any) -> None:
+    """Leave ``<bool>`` out of the help: a flag takes no value."""
+    for option in command.get_params(typer.Context(command)):
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+
+
+def _drop_output() -> None:
+    """Let what is left in the buffer of standard output go nowhere, at the end of Python too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _output_problem() -> str | None:
+    """Return why standard output takes no more, None if it does: a failed write is tried again."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _drop_output()
+        return error.strerror or str(error)
+    return None
+
+
+def _misuse(error: Exception, arguments: Sequence[str]) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "bitfit"
-    message = error.format_message()  # type: ignore[attr-defined]
-    console.error(f"{message.rstrip('.')}. See '{path} --help'.")
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    value = _value_given(arguments, getattr(getattr(error, "param", None), "opts", ()))
+    if value is not None and repr(value) not in message:
+        message = message.replace("Invalid value for", f"Invalid value {value!r} for", 1)
+    end = "" if message.endswith("?") else "."
+    console.error(f"{message.rstrip('.')}{end} See '{path} --help'.")
     return int(getattr(error, "exit_code", 2))
+
+
+def _value_given(arguments: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return what the command line has for an option."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in names and equals:
+            return value
+        if name in names and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return None
 
 
 def _trace(error: BaseException) -> None:

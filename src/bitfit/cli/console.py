@@ -126,6 +126,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
+def count(number_: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun: ``1 row``, ``1,200 rows``."""
+    return f"{number_:,} {one if number_ == 1 else many or one + 's'}"
+
+
 def size(count: float) -> str:
     """Return a number of bytes in a unit that suits it."""
     for unit in ("bytes", "kB", "MB", "GB"):

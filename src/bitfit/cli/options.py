@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -29,7 +30,7 @@ AsJson: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on one line.", rich_help_panel=REPORT)
 ]
 Quiet: TypeAlias = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=REPORT)
+    bool, typer.Option("--quiet", "-q", help="No progress and no notes.", rich_help_panel=REPORT)
 ]
 Debug: TypeAlias = Annotated[
     bool,
@@ -139,6 +140,18 @@ SkipBadRows: TypeAlias = Annotated[
         rich_help_panel=DATA,
     ),
 ]  # fmt: skip
+
+LabelSeparator: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Multilabel: what stands between two labels of a row (default: |).",
+        rich_help_panel=DATA,
+    ),
+]
+HubRevision: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a hub: data set.", rich_help_panel=DATA),
+]
 
 # ------------------------------------------------------------------ training
 
@@ -297,7 +310,10 @@ Out: TypeAlias = Annotated[
 ]
 Name: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="What the task is called; by default after the data.", rich_help_panel=FILE),
+    typer.Option(
+        help="What the task is called: letters, digits, _ . and -; by default after the data.",
+        rich_help_panel=FILE,
+    ),
 ]
 Storage: TypeAlias = Annotated[
     str,
@@ -329,6 +345,16 @@ def data_config(given: Mapping[str, Any], **changes: Any) -> DataConfig:
     if str(column := options.get("token_column")).lstrip("-").isdigit():
         options["token_column"] = int(str(column))
     return DataConfig(**(options | changes))
+
+
+def check_name(name: str | None) -> None:
+    """Refuse a task name that a file name or ``TASK=LABEL`` could not hold.
+
+    Raises:
+        UsageError: it has other characters than letters, digits, ``_``, ``.`` and ``-``.
+    """
+    if name is not None and re.fullmatch(r"[\w.-]+", name) is None:
+        raise UsageError(f"--name {name!r}: expected letters, digits, _ . and - only")
 
 
 def parse_rate(text: str | None) -> float | str | None:

@@ -123,7 +123,7 @@ def _read(file: TaskFile, config: DataConfig) -> tuple[dict[str, Sequence[Exampl
         )
     splits, notes = dict(dataset.splits), []
     if dataset.skipped:
-        notes.append(f"{len(dataset.skipped)} bad row(s) left out")
+        notes.append(f"{console.count(len(dataset.skipped), 'bad row')} left out")
     if "dev" in splits and Path(config.data).is_file() and config.dev is None:
         held = _held_out(file, splits["dev"], config)
         if held is not None:
@@ -151,7 +151,7 @@ def _held_out(
 
 def show(report: Mapping[str, Any]) -> None:
     """Print what ``evaluate`` returned."""
-    title = f"{report['task']}: {report['rows']:,} rows of {report['split']}"
+    title = f"{report['task']}: {console.count(report['rows'], 'row')} of {report['split']}"
     rows = [
         (name, console.number(value), console.number(report["majority"].get(name)),
          console.number(report["trained_scores"].get(name)))

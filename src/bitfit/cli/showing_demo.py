@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.progress import Progress, TextColumn
@@ -55,7 +56,8 @@ def run(folder: Path, *, base: str, quick: bool, quiet: bool) -> DemoResult:
 def show(result: DemoResult, folder: Path, quick: bool) -> None:
     """Print the two tables, and what to try next."""
     rows = [
-        (r["task"], r["classes"], f"{r['score']:.3f}", f"{r['majority']:.3f}", f"{r['frozen']:.3f}",
+        (r["task"], r["classes"], console.number(r["score"], 3), console.number(r["majority"], 3),
+         console.number(r["frozen"], 3),
          f"{r['trained']:,} + {r['head']:,}", console.size(r["file_bytes"]),
          f"{r['seconds']:.0f}")
         for r in result.tasks
@@ -63,9 +65,15 @@ def show(result: DemoResult, folder: Path, quick: bool) -> None:
     columns = ("task", ">classes", ">score", ">majority", ">frozen base", ">trained + head",
                ">file", ">seconds")  # fmt: skip
     metric = result.tasks[0]["metric"]
-    console.print_table(columns, rows, title=f"dev {metric} of three tasks on one base")
+    title = f"dev {metric} of three tasks on one base"
     if quick:
-        console.say("one short epoch each: these scores say that it runs, and no more")
+        title += " (--quick: the scores are meaningless)"
+    console.print_table(columns, rows, title=title)
+    if quick:
+        console.say(
+            "one short epoch each and no frozen baseline: it runs, and the scores say no more; "
+            "without --quick they mean something"
+        )
     console.say(
         "\nNew sentences, each answered by all three tasks in one mixed batch "
         f"({result.answer_seconds * 1000:.0f} ms):"
@@ -75,8 +83,8 @@ def show(result: DemoResult, folder: Path, quick: bool) -> None:
         for text, found in zip(result.sentences, result.answers, strict=True)
     ]
     console.print_table(("text", *(a.task for a in result.answers[0])), answers)
-    files = " ".join(str(folder / f"{row['task']}.bitfit.safetensors") for row in result.tasks)
-    first = result.tasks[0]["file"]
+    files = shlex.join(str(folder / f"{row['task']}.bitfit.safetensors") for row in result.tasks)
+    first = shlex.quote(result.tasks[0]["file"])
     console.say(
         f"\nThe files are in {folder.resolve()}. Took {console.duration(result.seconds)}. Next:"
     )

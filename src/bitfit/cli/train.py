@@ -18,6 +18,8 @@ def train(
     test: options.Test = None,
     format: options.DataFormat = "auto",
     token_column: options.TokenColumn = None,
+    label_separator: options.LabelSeparator = None,
+    hub_revision: options.HubRevision = None,
     limit: options.Limit = None,
     dev_fraction: options.DevFraction = 0.1,
     skip_bad_rows: options.SkipBadRows = False,
@@ -69,5 +71,5 @@ def train(
     outcome = training.run(given)
     if as_json:
         console.print_json(outcome.to_json())
-    elif not quiet:
+    else:
         training.show_outcome(outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,15 +32,18 @@ _PASSED_ON = (
 def run(given: Mapping[str, Any]) -> Outcome:
     """Train as the options say and return the outcome."""
     arguments = _arguments(given)
-    _tell_place(arguments["out"], given)
-    with console.Interruption() as interruption, Watch(given, interruption) as watch:
+    with (
+        console.Interruption() as interruption,
+        Watch(given, arguments["out"], interruption) as watch,
+    ):
         outcome = finetune(**arguments, on_event=watch, should_stop=lambda: interruption.asked)
-    if outcome.dataset.skipped:
+    if outcome.dataset.skipped and not given["quiet"]:
         _list_skipped(outcome.dataset.skipped)
     return outcome
 
 
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    options.check_name(given["name"])
     config = options.data_config(given)
     arguments = {key: given[key] for key in _PASSED_ON}
     arguments["learning_rate"] = options.parse_rate(given["learning_rate"])
@@ -59,8 +63,14 @@ def _default_out(config: DataConfig, given: Mapping[str, Any]) -> Path:
 
 
 def _tell_place(out: Path, given: Mapping[str, Any]) -> None:
-    if given["out"] is None and not given["quiet"]:
-        console.note(f"writing to {out.resolve()} (--out chooses another place)")
+    """Say where the file goes, and what it replaces; training is about to begin."""
+    is_task = (given["method"] or "bitfit") in ("bitfit", "frozen")
+    replaced = f"the {'task ' if is_task else ''}file" if out.is_file() else "what is"
+    if given["out"] is None:
+        found = f", replaces {replaced} there" if out.exists() else ""
+        console.note(f"writing to {out.resolve()}{found} (--out chooses another place)")
+    elif out.exists():
+        console.note(f"replaces {replaced} {out if out.is_file() else f'in {out}'}")
     beside = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
     found = [p for p in beside if p.name.startswith(out.name) and p.suffix == ".checkpoint"]
     if found and not given["resume"]:
@@ -70,7 +80,7 @@ def _tell_place(out: Path, given: Mapping[str, Any]) -> None:
 
 
 def _list_skipped(rows: Any, most: int = 20) -> None:
-    console.note(f"{len(rows)} bad row(s) left out:")
+    console.note(f"{console.count(len(rows), 'bad row')} left out:")
     for row in rows[:most]:
         console.note(f"  {row}")
     if len(rows) > most:
@@ -83,7 +93,10 @@ def _list_skipped(rows: Any, most: int = 20) -> None:
 class Watch:
     """Follows a run: a bar on a terminal, a line per epoch elsewhere, logs where asked for."""
 
-    def __init__(self, given: Mapping[str, Any], interruption: console.Interruption) -> None:
+    def __init__(
+        self, given: Mapping[str, Any], out: Path, interruption: console.Interruption
+    ) -> None:
+        self.given, self.out, self.place_is_told = given, out, False
         self.quiet = given["quiet"]
         self.interruption = interruption
         self.many_rates = given["learning_rate"] == "auto"
@@ -122,6 +135,9 @@ class Watch:
         self._open_board()
         if self.quiet:
             return
+        if not self.place_is_told:
+            self.place_is_told = True
+            _tell_place(self.out, self.given)
         console.note(_headline(event, self.many_rates))
         if event.resumed_at:
             console.note(f"resumed at step {event.resumed_at} of {event.total_steps}")
@@ -222,11 +238,12 @@ def _board_class() -> Any:
 
 def _headline(event: RunStarted, many_rates: bool) -> str:
     rate = f", learning rate {event.config.learning_rate:g}" if many_rates else ""
-    dev = "no dev rows" if event.dev is None else f"{len(event.dev.examples):,} dev rows"
+    dev = "no dev rows" if event.dev is None else console.count(len(event.dev.examples), "dev row")
     return (
-        f"{event.task.name}: {len(event.train.examples):,} training rows, {dev}; training "
-        f"{event.encoder_count:,} values of {event.encoder.base.name} and a head of "
-        f"{event.head_count:,} in {event.total_steps:,} steps{rate}, in {_how_it_runs(event)}"
+        f"{event.task.name}: {console.count(len(event.train.examples), 'training row')}, {dev}; "
+        f"training {console.count(event.encoder_count, 'value')} of {event.encoder.base.name} and "
+        f"a head of {event.head_count:,} in {console.count(event.total_steps, 'step')}{rate}, in "
+        f"{_how_it_runs(event)}"
     )
 
 
@@ -295,11 +312,12 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         "bad rows": f"{len(plan['skipped_rows'])} left out" if plan["skipped_rows"] else None,
         "cut texts": f"{plan['truncated_share']:.1%} of train at {config['max_length']} tokens",
         "base": f"{plan['base']}, {plan['dtype']} on {plan['device']}, "
-        f"{'packed' if plan['packed'] else 'padded'}, {plan['threads']} thread(s)",
+        f"{'packed' if plan['packed'] else 'padded'}, "
+        + console.count(plan["threads"], "thread"),
         "trains": f"{config['method']} ({config['terms']}): {trainable['encoder']:,} values of the "
         f"encoder, {trainable['head']:,} in the head",
-        "steps": f"{plan['steps']:,} of {config['batch_size']} rows in {config['epochs']} epochs, "
-        f"{rates}, {config['schedule']} schedule, seed {config['seed']}",
+        "steps": f"{plan['steps']:,} of {console.count(config['batch_size'], 'row')} in "
+        f"{console.count(config['epochs'], 'epoch')}, {rates}, {config['schedule']} schedule, seed {config['seed']}",
         "file": plan["file"],
     }
     console.print_facts("dry run: nothing is trained", facts)
@@ -327,6 +345,12 @@ def show_outcome(outcome: Outcome) -> None:
     facts = {
         "also": ", ".join(f"{k} {console.number(v)}" for k, v in others.items()) or None,
         "epoch": _epoch_line(report),
+        "rate": _rate_line(outcome),
+        "calibration": calibration_line(
+            outcome.file.task.kind, outcome.file.temperature, outcome.file.calibration,
+            report["rows"].get("dev", 0),
+        ),
+        "bad rows": f"{report['skipped_rows']:,} left out" if report["skipped_rows"] else None,
         "cut texts": f"{report['truncated_share']:.1%}" if report["truncated_share"] else None,
         "trained": f"{trainable['encoder']:,} values of the encoder "
         f"({trainable['encoder'] / total:.3%} of {total:,}), {trainable['head']:,} in the head",
@@ -336,6 +360,27 @@ def show_outcome(outcome: Outcome) -> None:
         "use it": _how_to_use(outcome),
     }
     console.print_facts("", facts)
+
+
+def calibration_line(
+    kind: str, temperature: float | None, found: Mapping[str, float] | None, dev_rows: int | None
+) -> str | None:
+    """Return what to say of a task's calibration, which classification only has."""
+    if kind != "classification":
+        return None
+    if temperature is None:
+        if dev_rows is None:
+            return "not calibrated"
+        few = f"only {console.count(dev_rows, 'dev row')}" if dev_rows else "no dev rows"
+        return f"not calibrated ({few})"
+    before, after = (console.number((found or {}).get(key)) for key in ("ece_before", "ece_after"))
+    return f"temperature {temperature:.3f}, calibration error {before} before, {after} after"
+
+
+def _rate_line(outcome: Outcome) -> str:
+    tried = len(outcome.file.recipe.get("rates_tried") or ())
+    best = f" (best on dev of {tried} tried)" if tried else ""
+    return f"{outcome.trainer.config.learning_rate:g}{best}"
 
 
 def _score_line(report: Mapping[str, Any]) -> str:
@@ -359,14 +404,15 @@ def _epoch_line(report: Mapping[str, Any]) -> str:
 
 
 def _how_to_use(outcome: Outcome) -> str | None:
+    path = shlex.quote(str(outcome.path))
     if outcome.trainer.config.method not in ("bitfit", "frozen"):
         return (
-            f"bitfit train --base {outcome.path} ..."
+            f"bitfit train --base {path} ..."
             if outcome.path and outcome.path.is_dir()
             else None
         )
     task = outcome.file.task
     if task.kind == "span":
-        return f"bitfit predict {outcome.path} $'the question\\tthe context'"
+        return f"bitfit predict {path} $'the question\\tthe context'"
     text = "$'one text\\tthe other'" if task.is_pair else '"a text"'
-    return f"bitfit predict {outcome.path} {text}"
+    return f"bitfit predict {path} {text}"

@@ -32,6 +32,8 @@ def evaluate(
     test: options.Test = None,
     format: options.DataFormat = "auto",
     token_column: options.TokenColumn = None,
+    label_separator: options.LabelSeparator = None,
+    hub_revision: options.HubRevision = None,
     dev_fraction: options.DevFraction = 0.1,
     skip_bad_rows: options.SkipBadRows = False,
     base: options.FileBase = None,

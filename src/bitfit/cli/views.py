@@ -13,7 +13,7 @@ from rich.text import Text
 
 from bitfit.cli import console
 from bitfit.cli.scoring import open_model, trained_dtype
-from bitfit.cli.training import short_list
+from bitfit.cli.training import calibration_line, short_list
 from bitfit.comparison import bias_change, compare, storage_loss
 from bitfit.doctor import examine as examine_all
 from bitfit.errors import UsageError
@@ -118,7 +118,9 @@ def show_file(report: Mapping[str, Any]) -> None:
         f"{report['max_length']} tokens",
         "cut texts": None if cut is None else f"{cut:.1%} of the training texts",
         "trained data": None if report["data_hash"] is None else f"{report['data_hash'][:12]}…",
-        "calibration": _calibration(report),
+        "calibration": calibration_line(
+            task["kind"], report["temperature"], report["calibration"], recipe.get("dev_rows")
+        ),
         "made by": f"bitfit {report['package_version']}",
     })  # fmt: skip
     shown = {
@@ -143,16 +145,6 @@ def _scores(report: Mapping[str, Any]) -> str:
     first = report["task"]["metrics"][0]
     ordered = sorted(report["scores"].items(), key=lambda item: item[0] != first)
     return ", ".join(f"{name} {console.number(value)}" for name, value in ordered)
-
-
-def _calibration(report: Mapping[str, Any]) -> str | None:
-    if report["temperature"] is None:
-        return None
-    found = report["calibration"] or {}
-    before, after = (console.number(found.get(key)) for key in ("ece_before", "ece_after"))
-    return (
-        f"temperature {report['temperature']:.3f}, calibration error {before} before, {after} after"
-    )
 
 
 def _plain(value: Any) -> str:
@@ -320,7 +312,8 @@ def _show_terms(base: Mapping[str, Any]) -> None:
 def _show_machine(machine: Mapping[str, Any]) -> None:
     speeds = machine["gflops"]
     console.print_facts("\nmachine", {
-        "device": f"{machine['device']} ({machine['device_name']}), {machine['threads']} thread(s)",
+        "device": f"{machine['device']} ({machine['device_name']}), "
+        + console.count(machine["threads"], "thread"),
         "precision": f"{machine['dtype']} is chosen: bf16 {speeds['bf16']:,.0f} GFLOP/s, fp32 "
         f"{speeds['fp32']:,.0f} ({speeds['bf16'] / speeds['fp32']:.2g} times)",
         "versions": ", ".join(

@@ -28,7 +28,9 @@ SUFFIXES = {
     ".tagged": "ptb",
     ".mrg": "ptb",
 }
-_SPLIT_FILE = re.compile(r"(?:(?P<name>.*)[-_.])?(?P<split>train|dev|validation|valid|val|test)(?:-v1\.1)?")
+_SPLIT_FILE = re.compile(
+    r"(?:(?P<name>.*)[-_.])?(?P<split>train|dev|validation|valid|val|test)(?:-v1\.1)?"
+)
 _SPLIT_WORDS = {"train": "train", "test": "test"}
 
 Files = dict[str, tuple[Path, ...]]
