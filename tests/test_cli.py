@@ -118,11 +118,12 @@ def test_the_default_file_is_named_after_the_task_and_said(
     assert str(tmp_path / "moods.bitfit.safetensors") in err
 
 
-def test_quiet_prints_nothing(tmp_path: Path, base: str, run: Run) -> None:
+def test_quiet_hides_progress_and_notes_only(tmp_path: Path, base: str, run: Run) -> None:
     data = write_rows(tmp_path / "moods.csv")
     code, out, err = run("train", "--base", base, "--data", data, "--text", "body", "--label",
                          "mood", "--out", tmp_path / "q.safetensors", *QUICK, "-q")  # fmt: skip
-    assert (code, out, err) == (0, "", "")
+    assert (code, err) == (0, "")
+    assert "accuracy" in out
 
 
 def test_every_evaluation_goes_to_the_log_and_to_tensorboard(
@@ -187,7 +188,7 @@ def test_skipped_rows_are_counted_and_listed(tmp_path: Path, base: str, run: Run
     assert "moods.csv:42" in err
     code, _, err = run(*arguments, "--skip-bad-rows")
     assert code == 0
-    assert "1 bad row(s) left out" in err
+    assert "1 bad row left out" in err
     assert "moods.csv:42" in err
 
 
@@ -226,7 +227,8 @@ def test_undefined_scores_are_null_in_json(tmp_path: Path, base: str, run: Run) 
         (("--task", "mrcp"), 2, "Did you mean 'mrpc'?"),
         (("--label", "mod"), 2, 'mood'),
         (("--epochs", "0"), 2, "epochs is 0"),
-        (("--epochs", "many"), 2, "--epochs"),
+        (("--epochs", "many"), 2, "'many' for '--epochs'"),
+        (("--name", "a b"), 2, "'a b'"),
         (("--threads", "0"), 2, "--threads"),
         (("--nonsense",), 2, "--nonsense"),
         (("--base", "/no/such/folder"), 1, "no such directory"),
@@ -364,6 +366,86 @@ def test_a_failed_prediction_leaves_the_old_output(
     assert target.read_text() == "old"
 
 
+def test_predict_never_writes_over_what_it_reads(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    file, source = trained[0], tmp_path / "in.txt"
+    source.write_text("good film\n")
+    other, link = tmp_path / "other.safetensors", tmp_path / "link.txt"
+    other.write_bytes(b"x")
+    link.symlink_to(source)
+    for output in (file, source, other, link):
+        before = output.read_bytes()
+        code, _, err = run("predict", file, "--base", base, "--input", source, "-o", output)
+        assert code == 2
+        assert "name another file" in err
+        assert output.read_bytes() == before
+
+
+def test_the_input_is_checked_before_the_base_is_loaded(
+    trained: tuple[Path, dict[str, Any], Path], run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "tabs.txt").write_text("one\ttwo\n")
+    (tmp_path / "c.csv").write_text("a,b\n1,2\n")
+    for name, code, message in (
+        ("none.txt", 1, "none.txt: No such file"),
+        (".", 2, "is a folder"),
+        ("c.csv", 2, "body"),
+        ("tabs.txt", 1, "tabs.txt:1: a tab separates two texts, but task 'moods' takes one"),
+    ):
+        more = ("--text", "body") if name == "c.csv" else ()
+        found, _, err = run("predict", trained[0], "--base", "/no/such/base", "--input",
+                            tmp_path / name, *more)  # fmt: skip
+        assert (found, message in err) == (code, True), err
+
+
+def test_a_tab_is_told_with_its_line(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    source = tmp_path / "tabs.txt"
+    source.write_text("one\ntwo\tthree\n")
+    code, _, err = run("predict", trained[0], "--base", base, "--input", source)
+    assert code == 1
+    assert f"{source}:2: a tab separates two texts, but task 'moods' takes one" in err
+
+
+def test_a_text_that_is_a_files_name_is_told(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run
+) -> None:
+    code, out, err = run("predict", trained[0], trained[2], "--base", base)
+    assert code == 0
+    assert str(trained[2]) in out
+    assert f"a file of that name exists; --input {trained[2]} reads it" in err
+
+
+def test_a_run_says_its_rate_its_calibration_and_what_it_replaces(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    arguments = ("train", "--base", base, "--data", trained[2], "--text", "body", "--label", "mood",
+                 "--out", trained[0], "--epochs", 1, "--dtype", "fp32")  # fmt: skip
+    code, out, err = run(*arguments, "--lr", "auto")
+    assert code == 0, err
+    assert "(best on dev of 4 tried)" in out
+    assert err.count(f"replaces the task file {trained[0]}") == 1
+    code, out, _ = run(*arguments, "--dev-fraction", 0)
+    assert "not calibrated (no dev rows)" in out
+    (tmp_path / "bad.csv").write_text("body,mood\na\n")
+    code, _, err = run(*arguments, "--data", tmp_path / "bad.csv")
+    assert code == 1
+    assert "replaces" not in err
+
+
+def test_labels_are_cut_where_the_option_says(tmp_path: Path, base: str, run: Run) -> None:
+    data, out = tmp_path / "m.csv", tmp_path / "m.bitfit.safetensors"
+    data.write_text("text,label\n" + "the film,a;b\na bike,b\n" * 10)
+    columns = ("--data", data, "--base", base, "--label-separator", ";")
+    code, text, err = run("train", *columns, "--kind", "multilabel", "--out", out, *QUICK)
+    assert code == 0, err
+    code, text, err = run("eval", out, *columns, "--json")
+    assert code == 0, err
+    assert json.loads(text)["rows"] == 2
+
+
 def test_several_tasks_answer_each_text(
     trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
 ) -> None:
@@ -373,6 +455,10 @@ def test_several_tasks_answer_each_text(
     assert code == 0, err
     assert out.count("\n") == 2
     assert "copy=" in out, "two tasks of one name go by their files' names"
+    assert all(str(path) in err for path in (trained[0], copy))
+    code, _, err = run("predict", copy, trained[0], copy, "good film", "--base", base)
+    assert code == 2
+    assert f"{copy} is named twice" in err
     _, out, _ = run("predict", trained[0], copy, "good film", "--base", base, "--json")
     assert [json.loads(line)["task"] for line in out.splitlines()] == ["moods", "copy"]
 
@@ -389,7 +475,7 @@ def test_predict_refuses_what_cannot_be_meant(
         ((file, "x", "--min-confidence", 2), 2, "expected 0 to 1"),
         ((file, "--format", "glue", "--data", tmp_path), 2, "none of GLUE's"),
         ((file, "x", "--data", tmp_path), 2, "--format glue"),
-        ((file, "a\tb", "--base", base), 2, "takes one text"),
+        ((file, "a\tb", "--base", base), 2, "takes one"),
         ((file, "x", "--base", base + "x"), 1, base + "x"),
     ):
         found, _, err = run("predict", *arguments)
@@ -507,7 +593,7 @@ def test_inspect_shows_checks_and_draws(
     assert set(found["storage"]) == {"fp32", "fp16", "bf16", "int8"}
     code, out, _ = run("inspect", file, "--check", "--base", base)
     assert code == 0
-    for expected in ("b_q", "int8", "tolerance 0.001", "glad, sad", "temperature"):
+    for expected in ("b_q", "int8", "tolerance 0.001", "glad, sad", "not calibrated (only 4"):
         assert expected in out
 
 
@@ -624,9 +710,10 @@ def test_help_and_version(run: Run) -> None:
     code, out, _ = run("train", "--help")
     assert code == 0
     assert "(default: 8)" in out
+    assert "bool" not in out
     code, _, err = run("trian")
     assert code == 2
-    assert "trian" in err
+    assert "Did you mean 'train'? See" in err
 
 
 def test_importing_the_command_line_imports_no_torch() -> None:
@@ -654,8 +741,22 @@ def test_an_unexpected_error_is_one_line_unless_debugging(
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"'{sys.executable}' -c 'from bitfit.cli import main; raise SystemExit(main())'"
     pipe = f"{command} tasks --json | true"
-    found = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=True)
-    assert found.stderr == ""
+    for each in (pipe, pipe.replace("--json ", ""), pipe.replace("--json", "--help")):
+        ended = f"{each}; exit ${{PIPESTATUS[0]}}"
+        found = subprocess.run(["bash", "-c", ended], capture_output=True, text=True)
+        assert (found.returncode, found.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", ["tasks", "tasks --json", "tasks --help", "--version"])
+def test_a_full_standard_output_is_a_failure_and_no_bug(arguments: str) -> None:
+    command = [sys.executable, "-c", "from bitfit.cli import main; raise SystemExit(main())"]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [*command, *arguments.split()], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert found.returncode == 1
+    assert found.stderr == "error: standard output: No space left on device\n"
 
 
 def test_tables_take_text_as_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,12 +43,12 @@ def test_the_demo_trains_three_tasks_and_answers_in_one_batch(
         steps += isinstance(event, StepDone)
 
     result = demo.run_demo(tmp_path, base=checkpoint("bert"), quick=True, on_event=watch)
-    assert started == [(t, m) for t in demo.TASKS for m in ("frozen", "bitfit")]
-    assert steps == 6 * demo.QUICK["limit"] / 8
+    assert started == [(t, "bitfit") for t in demo.TASKS]
+    assert steps == 3 * demo.QUICK["limit"] / 8
     assert [row["task"] for row in result.tasks] == list(demo.TASKS)
     for row in result.tasks:
         assert TaskFile.load(row["file"]).score == row["score"]
-        assert 0 <= row["frozen"] <= 1
+        assert row["frozen"] is None
         assert Path(row["file"]).stat().st_size == row["file_bytes"]
     assert len(result.answers) == len(demo.SENTENCES) == 4
     for answers in result.answers:
@@ -63,6 +63,15 @@ def test_the_command_shows_both_tables_and_where_the_files_are(
     code = main(["demo", "--quick", "--keep", str(tmp_path), "--base", checkpoint("bert")])
     out, err = capsys.readouterr()
     assert code == 0
-    assert "6/6 sentiment" in err
-    for expected in ("frozen base", "majority", str(tmp_path), "bitfit predict", *demo.SENTENCES):
+    assert "3/3 sentiment" in err
+    for expected in ("meaningless", "majority", str(tmp_path), "bitfit predict", *demo.SENTENCES):
         assert expected in out
+
+
+def test_a_file_where_the_folder_should_be_is_refused_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["demo", "--quick", "--keep", str(tmp_path / "file"), "--base", "/none"]) == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

@@ -18,7 +18,7 @@ LAYERS = (
     {"model", "tuned"},
     {"training"},
     {"plots", "doctor", "demo"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 
 

@@ -2,4 +2,4 @@
 
 from bitfit.cli import main
 
-main()
+raise SystemExit(main())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,8 @@ from bitfit.tasks import TextExample
 FORMATS = ("text", "jsonl", "glue")
 CHUNK = 256
 BAR_AFTER_SECONDS = 2.0
+# Inputs of these are tables; of all others a row is a line.
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
 def predict(given: Mapping[str, Any]) -> None:
@@ -34,24 +38,35 @@ def predict(given: Mapping[str, Any]) -> None:
     paths, texts = _files_and_texts(given["arguments"])
     files = [TaskFile.load(path) for path in paths]
     _check(given, style, files, texts)
+    _check_output(given["output"], paths, given["input"])
+    names = _names(paths, files)
+    if not given["quiet"]:
+        _tell_names(paths, files, names)
+        _tell_files_among(texts, given["input"])
+    source = _Source(texts, given, dict(zip(names, files, strict=True)))
+    if style != "glue":
+        source.begin()  # what is wrong with the input is said before the base is loaded
     model = open_model(
         files, given["base"], dtype=given["dtype"], device=given["device"],
-        threads=given["threads"], names=_names(paths, files),
+        threads=given["threads"], names=names,
     )  # fmt: skip
     if style == "glue":
         return _submit(model, files[0], given)
     chunk = CHUNK
-    if not texts and given["input"] is None and sys.stdin.isatty():
+    if source.is_stdin and sys.stdin.isatty():
         chunk = 1
-        console.note("type a text and press Enter; Ctrl-D ends")
-    examples = _texts(texts, given)
+        if not given["quiet"]:
+            console.note("type a text and press Enter; Ctrl-D ends")
     with ExitStack() as stack:
         out = stack.enter_context(_sink(given["output"]))
         count = stack.enter_context(_Count(given["quiet"] or (out is sys.stdout and out.isatty())))
-        for part in _chunks(examples, chunk):
+        goes = console.to_output if given["output"] is None else nullcontext
+        for part in _chunks(source, chunk):
             for example, answers in _answer(model, part, given["min_confidence"]):
-                out.write(_line(example, answers, style))
-            out.flush()
+                with goes():
+                    out.write(_line(example, answers, style))
+            with goes():
+                out.flush()
             count.add(len(part))
 
 
@@ -67,11 +82,68 @@ def _files_and_texts(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def _names(paths: Sequence[Path], files: Sequence[TaskFile]) -> list[str]:
     """Return the tasks' names, of those that share one the names of their files."""
+    for i, path in enumerate(paths):
+        if any(_is_same(path, earlier) for earlier in paths[:i]):
+            raise UsageError(f"{path} is named twice")
     names = [file.task.name for file in files]
     if len(set(names)) == len(names):
         return names
     stems = [path.name.removesuffix(".safetensors").removesuffix(".bitfit") for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+
+
+def _tell_names(paths: Sequence[Path], files: Sequence[TaskFile], names: Sequence[str]) -> None:
+    """Say which files have tasks of one name, and what they are called instead."""
+    by_task: dict[str, list[int]] = {}
+    for i, file in enumerate(files):
+        by_task.setdefault(file.task.name, []).append(i)
+    for task, those in by_task.items():
+        if len(those) > 1:
+            console.note(
+                f"{' and '.join(str(paths[i]) for i in those)} have one task name, {task!r}: the "
+                f"answers go by their files, {' and '.join(names[i] for i in those)}"
+            )
+
+
+def _tell_files_among(texts: Sequence[str], input: Path | None) -> None:
+    """Say of a text that is also a file's name how the file would be read."""
+    if input is not None:
+        return
+    for text in texts:
+        try:
+            is_file = Path(text).is_file()
+        except (OSError, ValueError):  # a text too long for a name
+            continue
+        if is_file:
+            console.note(
+                f"{text!r} is answered as a text; a file of that name exists; "
+                f"--input {shlex.quote(text)} reads it"
+            )
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file, through links too."""
+    if os.path.realpath(a) == os.path.realpath(b):
+        return True
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
+
+
+def _check_output(output: Path | None, paths: Sequence[Path], input: Path | None) -> None:
+    """Refuse to write over what is read, and over any task file."""
+    if output is None:
+        return
+    what = None
+    if any(_is_same(output, path) for path in paths):
+        what = "is one of the task files"
+    elif input is not None and _is_same(output, input):
+        what = "is the file that --input reads"
+    elif output.suffix == ".safetensors" and output.is_file():
+        what = "is there and ends in .safetensors, as task files do"
+    if what is not None:
+        raise UsageError(f"--output {output} {what}: name another file, such as answers.txt")
 
 
 def _check(
@@ -97,12 +169,60 @@ def _check(
         raise UsageError(f"{builtin.task.name} has two test files: name a folder with --output")
 
 
-def _texts(texts: Sequence[str], given: Mapping[str, Any]) -> Iterator[TextExample]:
-    if texts:
-        return iter([_one_text(text) for text in texts])
-    if given["input"] is not None:
-        return iter_texts(given["input"], "auto", given["text"], given["text_pair"])
-    return iter_texts(getattr(sys.stdin, "buffer", sys.stdin))
+class _Source:
+    """The texts to answer, each checked to be a pair where a task takes pairs, and only there."""
+
+    def __init__(
+        self, texts: Sequence[str], given: Mapping[str, Any], tasks: Mapping[str, TaskFile]
+    ) -> None:
+        self.texts, self.given, self.tasks = texts, given, tasks
+        self.is_stdin = not texts and given["input"] is None
+        self.rows = self._rows()
+
+    def begin(self) -> None:
+        """Read the first text, but not of standard input, which may be a keyboard."""
+        if self.is_stdin:
+            return
+        first = next(self.rows, None)
+        if first is not None:
+            self.rows = itertools.chain([first], self.rows)
+
+    def __iter__(self) -> Iterator[TextExample]:
+        return self.rows
+
+    def _rows(self) -> Iterator[TextExample]:
+        path: Path | None = self.given["input"]
+        where = None
+        if self.texts:
+            examples = iter([_one_text(text) for text in self.texts])
+        elif path is None:
+            where = "standard input"
+            examples = iter_texts(getattr(sys.stdin, "buffer", sys.stdin))
+        else:
+            if path.is_dir():
+                raise UsageError(f"--input {path} is a folder; expected a file of texts")
+            where = None if path.suffix.lower() in TABLES else str(path)
+            examples = iter_texts(path, "auto", self.given["text"], self.given["text_pair"])
+        for number, example in enumerate(examples, 1):
+            problem = self._problem(example, is_line=path is None or where is not None)
+            if problem is not None and where is not None:
+                raise DataError(f"{where}:{number}: {problem}")
+            if problem is not None:
+                raise UsageError(problem)
+            yield example
+
+    def _problem(self, example: TextExample, *, is_line: bool) -> str | None:
+        is_pair = example.text_pair is not None
+        for name, file in self.tasks.items():
+            if file.task.is_pair and not is_pair:
+                return (
+                    f"task {name!r} takes pairs, but {example.text[:40]!r} is one text: put a tab "
+                    "between the two, as in $'one\\tother', or name --text-pair with --input"
+                )
+            if is_pair and not file.task.is_pair:
+                cause = "a tab separates" if is_line else f"{example.text[:40]!r} is the first of"
+                return f"{cause} two texts, but task {name!r} takes one"
+        return None
 
 
 def _one_text(text: str) -> TextExample:
@@ -123,13 +243,6 @@ def _answer(
 ) -> Iterator[tuple[TextExample, list[Prediction]]]:
     """Yield each text with what every task says of it; all of them go in one mixed call."""
     names = list(model.tasks)
-    for name, file in model.tasks.items():
-        for example in part:
-            if file.task.is_pair and example.text_pair is None:
-                raise UsageError(
-                    f"task {name!r} takes pairs, but {example.text[:40]!r} is one text: put a tab "
-                    "between the two, as in $'one\\tother', or name --text-pair with --input"
-                )
     inputs = [example for example in part for _ in names]
     found = model.predict(inputs, names * len(part), min_confidence=min_confidence)
     for i, example in enumerate(part):
@@ -181,7 +294,7 @@ class _Count:
         if self.quiet or seconds < BAR_AFTER_SECONDS:
             return
         if self.bar is None:
-            column = TextColumn("{task.completed:.0f} texts, {task.fields[speed]}", markup=False)
+            column = TextColumn("texts: {task.completed:.0f}, {task.fields[speed]}", markup=False)
             self.bar = Progress(column, console=console.messages(), transient=True)
             self.bar.start()
             self.row = self.bar.add_task("", total=None, speed="")
@@ -215,7 +328,10 @@ def _submit(model: Model, file: TaskFile, given: Mapping[str, Any]) -> None:
         examples: Any = dataset.splits[split]
         single = output is not None and output.suffix == ".tsv"
         path = output if single or output is None else output / name
-        with _sink(path) as out, _Count(given["quiet"]) as count:
+        if path is not None and any(_is_same(path, Path(s)) for s in dataset.sources[split]):
+            raise UsageError(f"--output {path} is the test file: name another place")
+        guard = console.to_output() if path is None else nullcontext()
+        with guard, _sink(path) as out, _Count(given["quiet"]) as count:
             out.write("index\tprediction\n")
             for begin in range(0, len(examples), CHUNK):
                 part = examples[begin : begin + CHUNK]
@@ -223,7 +339,7 @@ def _submit(model: Model, file: TaskFile, given: Mapping[str, Any]) -> None:
                     out.write(f"{examples[i].id or i}\t{_official(answer)}\n")
                 count.add(len(part))
         if path is not None and not given["quiet"]:
-            console.note(f"wrote {path}: {len(examples):,} answers")
+            console.note(f"wrote {path}: {console.count(len(examples), 'answer')}")
 
 
 def _official(answer: Prediction) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -69,17 +69,18 @@ def run(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         code = _invoke(arguments or ["--help"])
-        sys.stdout.flush()
+        with console.to_output():
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         console.error("aborted")
         return INTERRUPTED
     except BrokenPipeError:  # the reader went away, as `head` does
-        _drop_output()
+        console.drop_output()
         return BROKEN_PIPE
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # rich turns one into an exit with 1
-            _drop_output()
+            console.drop_output()
             return BROKEN_PIPE
         raise
     except BitfitError as error:
@@ -93,9 +94,6 @@ def run(argv: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message"):  # of typer or click: the command line is wrong
             return _misuse(error, arguments)
         _trace(error)
-        if isinstance(error, OSError) and (problem := _output_problem()) is not None:
-            console.error(f"standard output: {problem}")
-            return 1
         hint = "" if console.STATE.debug else " (this is a bug; --debug shows where)"
         console.error(f"{type(error).__name__}: {error}{hint}")
         return 1
@@ -106,8 +104,12 @@ def _invoke(arguments: list[str]) -> int:
     _hide_type_of_flags(command)
     for each in getattr(command, "commands", {}).values():
         _hide_type_of_flags(each)
+    is_help = not {"--help", "--version"}.isdisjoint(arguments)
     try:  # not command.main, which makes an exit with 1 of a broken pipe
-        with command.make_context("bitfit", arguments) as context:
+        with (
+            console.to_output() if is_help else nullcontext(),
+            command.make_context("bitfit", arguments) as context,
+        ):
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
@@ -119,21 +121,6 @@ def _hide_type_of_flags(command: Any) -> None:
     for option in command.get_params(typer.Context(command)):
         if getattr(option, "is_flag", False):
             option.metavar = ""
-
-
-def _drop_output() -> None:
-    """Let what is left in the buffer of standard output go nowhere, at the end of Python too."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _output_problem() -> str | None:
-    """Return why standard output takes no more, None if it does: a failed write is tried again."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        _drop_output()
-        return error.strerror or str(error)
-    return None
 
 
 def _misuse(error: Exception, arguments: Sequence[str]) -> int:

@@ -56,6 +56,27 @@ def _console(file: IO[str]) -> Console:
     return Console(file=file, width=width, markup=False, highlight=False, emoji=False)
 
 
+@contextmanager
+def to_output() -> Iterator[None]:
+    """Around what writes to standard output: a full disk there is a failure and no bug.
+
+    Raises:
+        BitfitError: it takes no more.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        drop_output()
+        raise BitfitError(f"standard output: {problem.strerror or problem}") from problem
+
+
+def drop_output() -> None:
+    """Let what is left in the buffer of standard output go nowhere, at the end of Python too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def error(message: str) -> None:
     """Print an error on standard error."""
     messages().print(Text.assemble(("error:", "bold red"), " ", printable(message)), soft_wrap=True)
@@ -68,12 +89,15 @@ def note(message: str) -> None:
 
 def say(message: str, style: str = "") -> None:
     """Print a line of a result on standard output."""
-    output().print(Text(printable(message), style=style), soft_wrap=True)
+    with to_output():
+        output().print(Text(printable(message), style=style), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
     """Print ``value`` on standard output as one line of JSON; what is not finite is null."""
-    sys.stdout.write(json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n")
+    line = json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n"
+    with to_output():
+        sys.stdout.write(line)
 
 
 def finite(value: Any) -> Any:
@@ -115,10 +139,11 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
 
 def _print(table: Table) -> None:
     console = output()
-    with console.capture() as captured:
-        console.print(table)
-    for line in captured.get().splitlines():  # without the blanks that fill the last column
-        sys.stdout.write(f"{line.rstrip()}\n")
+    with to_output():  # the end of a capture flushes too
+        with console.capture() as captured:
+            console.print(table)
+        for line in captured.get().splitlines():  # without the blanks that fill the last column
+            sys.stdout.write(f"{line.rstrip()}\n")
 
 
 def number(value: float | None, digits: int = 4) -> str:

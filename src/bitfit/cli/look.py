@@ -109,7 +109,8 @@ def tasks(as_json: options.AsJson = False, debug: options.Debug = False) -> None
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="One short epoch a task, no baselines: does it run at all?")
+        bool,
+        typer.Option("--quick", help="One short epoch a task, no baselines: does it run at all?"),
     ] = False,
     keep: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the three task files go.")

@@ -18,7 +18,7 @@ from bitfit.data.files import project_name
 from bitfit.doctor import count_parameters
 from bitfit.errors import BitfitError, MissingExtra
 from bitfit.training.finetune import Event, RunStarted, finetune
-from bitfit.training.outputs import Outcome
+from bitfit.training.outputs import MIN_CALIBRATION_ROWS, Outcome
 from bitfit.training.train import EpochDone, StepDone
 
 # What finetune takes beside the data, under the same names as the options.
@@ -67,8 +67,8 @@ def _tell_place(out: Path, given: Mapping[str, Any]) -> None:
     is_task = (given["method"] or "bitfit") in ("bitfit", "frozen")
     replaced = f"the {'task ' if is_task else ''}file" if out.is_file() else "what is"
     if given["out"] is None:
-        found = f", replaces {replaced} there" if out.exists() else ""
-        console.note(f"writing to {out.resolve()}{found} (--out chooses another place)")
+        there = f", replaces {replaced} there" if out.exists() else ""
+        console.note(f"writing to {out.resolve()}{there} (--out chooses another place)")
     elif out.exists():
         console.note(f"replaces {replaced} {out if out.is_file() else f'in {out}'}")
     beside = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
@@ -312,12 +312,12 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         "bad rows": f"{len(plan['skipped_rows'])} left out" if plan["skipped_rows"] else None,
         "cut texts": f"{plan['truncated_share']:.1%} of train at {config['max_length']} tokens",
         "base": f"{plan['base']}, {plan['dtype']} on {plan['device']}, "
-        f"{'packed' if plan['packed'] else 'padded'}, "
-        + console.count(plan["threads"], "thread"),
+        f"{'packed' if plan['packed'] else 'padded'}, " + console.count(plan["threads"], "thread"),
         "trains": f"{config['method']} ({config['terms']}): {trainable['encoder']:,} values of the "
         f"encoder, {trainable['head']:,} in the head",
         "steps": f"{plan['steps']:,} of {console.count(config['batch_size'], 'row')} in "
-        f"{console.count(config['epochs'], 'epoch')}, {rates}, {config['schedule']} schedule, seed {config['seed']}",
+        f"{console.count(config['epochs'], 'epoch')}, {rates}, {config['schedule']} schedule, "
+        f"seed {config['seed']}",
         "file": plan["file"],
     }
     console.print_facts("dry run: nothing is trained", facts)
@@ -347,7 +347,9 @@ def show_outcome(outcome: Outcome) -> None:
         "epoch": _epoch_line(report),
         "rate": _rate_line(outcome),
         "calibration": calibration_line(
-            outcome.file.task.kind, outcome.file.temperature, outcome.file.calibration,
+            outcome.file.task.kind,
+            outcome.file.temperature,
+            outcome.file.calibration,
             report["rows"].get("dev", 0),
         ),
         "bad rows": f"{report['skipped_rows']:,} left out" if report["skipped_rows"] else None,
@@ -371,6 +373,8 @@ def calibration_line(
     if temperature is None:
         if dev_rows is None:
             return "not calibrated"
+        if dev_rows >= MIN_CALIBRATION_ROWS:
+            return "not calibrated (the dev rows give no temperature: too many right, or too few)"
         few = f"only {console.count(dev_rows, 'dev row')}" if dev_rows else "no dev rows"
         return f"not calibrated ({few})"
     before, after = (console.number((found or {}).get(key)) for key in ("ece_before", "ece_after"))
@@ -406,11 +410,7 @@ def _epoch_line(report: Mapping[str, Any]) -> str:
 def _how_to_use(outcome: Outcome) -> str | None:
     path = shlex.quote(str(outcome.path))
     if outcome.trainer.config.method not in ("bitfit", "frozen"):
-        return (
-            f"bitfit train --base {path} ..."
-            if outcome.path and outcome.path.is_dir()
-            else None
-        )
+        return f"bitfit train --base {path} ..." if outcome.path and outcome.path.is_dir() else None
     task = outcome.file.task
     if task.kind == "span":
         return f"bitfit predict {path} $'the question\\tthe context'"
