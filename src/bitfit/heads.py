@@ -155,7 +155,7 @@ def batch_loss(
         head: whose logits they are.
         logits: ``(B, outputs)``; tokens: one row per word; span: one row per token.
         batch: where the labels are.
-        class_weights: ``(labels,)``, the weight of each class in the mean.
+        class_weights: ``(labels,)``, the weight of each class in the mean (classification, tokens).
     """
     labels = [f.label for f in batch.features]
     if head.kind == "classification":
@@ -167,7 +167,7 @@ def batch_loss(
         target = torch.zeros_like(logits)
         for row, indices in enumerate(labels):
             target[row, list(indices)] = 1.0
-        return F.binary_cross_entropy_with_logits(logits, target, pos_weight=class_weights)
+        return F.binary_cross_entropy_with_logits(logits, target)
     if head.kind == "tokens":
         words = [f.label[f.word_starts >= 0] for f in batch.features if f.word_starts is not None]
         target = torch.from_numpy(np.concatenate(words)).to(logits.device)

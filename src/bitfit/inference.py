@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,6 @@ def compute_logits(
     index: Sequence[int] | None = None,
     *,
     max_tokens: int = DEFAULT_MAX_TOKENS,
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[Logits]:
     """Return the logits of each feature, in the order given, fp32 on the CPU.
 
@@ -53,7 +52,6 @@ def compute_logits(
         heads: by row, those that ``index`` names.
         index: the row of each feature; None: all use row 0.
         max_tokens: padded tokens in one forward pass.
-        on_batch: told how many features were done.
     """
     index = [0] * len(features) if index is None else index
     found: list[Logits] = [np.empty(0, np.float32)] * len(features)
@@ -67,8 +65,6 @@ def compute_logits(
         logits = _batch_logits(encoder, batch, shifts, [heads[row] for row in used], places)
         for place, values in zip(chosen, logits, strict=True):
             found[place] = values
-        if on_batch is not None:
-            on_batch(len(chosen))
     return found
 
 

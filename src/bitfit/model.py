@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,17 +222,23 @@ class Model:
     def check_probes(self, task: str | None = None) -> list[float]:
         """Return, per probe in the task's file, the largest difference to the logits kept there.
 
-        Rounding alone gives about 1e-6 in fp32, 1e-2 in bf16; more means that this machine, the
-        base or a library does not do what it did when the file was made.
+        Absolute up to logits of 1, relative to the largest logit above that; infinite where the
+        shapes differ. Rounding alone gives about 1e-6 in fp32, 1e-2 in bf16; more means that this
+        machine, the base or a library does not do what it did when the file was made.
         """
         loaded = self.task(task)
         name = next(n for n, t in self._tasks.items() if t is loaded)
         examples = probe_examples(loaded.file.task, loaded.file.probes)
         _, found = self.logits(examples, [name] * len(examples))
-        return [
-            float(np.abs(values - np.asarray(probe["logits"], np.float32)).max())
-            for values, probe in zip(found, loaded.file.probes, strict=True)
-        ]
+        differences = []
+        for values, probe in zip(found, loaded.file.probes, strict=True):
+            wanted = np.asarray(probe["logits"], dtype=np.float64)
+            difference = math.inf
+            if wanted.shape == values.shape:
+                scale = max(1.0, float(np.abs(wanted).max(initial=0.0)))
+                difference = float(np.abs(wanted - values).max(initial=0.0)) / scale
+            differences.append(difference)
+        return differences
 
     def _features(self, name: str, examples: Sequence[Example]) -> list[Feature]:
         file = self._tasks[name].file

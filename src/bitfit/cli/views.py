@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.text import Text
 
@@ -17,7 +16,6 @@ from bitfit.cli.training import calibration_line, short_list
 from bitfit.comparison import bias_change, compare, storage_loss
 from bitfit.doctor import examine as examine_all
 from bitfit.errors import UsageError
-from bitfit.model import probe_examples
 from bitfit.plots import change_table, check_plot_path, plot_bias_change
 from bitfit.taskfile import TaskFile
 from bitfit.terms import SYMBOLS
@@ -82,17 +80,14 @@ def check_probes(file: TaskFile, given: Mapping[str, Any]) -> dict[str, Any]:
     is_rounded = model.encoder.dtype != torch.float32 or file.dtype != "fp32"
     is_rounded = is_rounded or file.recipe.get("dtype") not in (None, "float32")
     tolerance = TOLERANCES["bf16" if is_rounded else "fp32"]
-    examples = probe_examples(file.task, file.probes)
-    _, found = model.logits(examples, [file.task.name] * len(examples))
-    probes = []
-    for probe, logits in zip(file.probes, found, strict=True):
-        wanted = np.asarray(probe["logits"], dtype=np.float64)
-        difference = math.inf
-        if wanted.shape == logits.shape:
-            scale = max(1.0, float(np.abs(wanted).max(initial=0.0)))
-            difference = float(np.abs(wanted - logits).max(initial=0.0)) / scale
-        text = " | ".join(t for t in (probe["text"], probe["text_pair"]) if t)
-        probes.append({"text": text, "difference": difference, "passed": difference <= tolerance})
+    probes = [
+        {
+            "text": " | ".join(t for t in (probe["text"], probe["text_pair"]) if t),
+            "difference": difference,
+            "passed": difference <= tolerance,
+        }
+        for probe, difference in zip(file.probes, model.check_probes(), strict=True)
+    ]
     return {
         "passed": all(p["passed"] for p in probes), "tolerance": tolerance,
         "dtype": str(model.encoder.dtype).removeprefix("torch."), "probes": probes,

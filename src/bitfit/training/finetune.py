@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from bitfit.batches import make_features
-from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
+from bitfit.data import DataConfig, dataset_hash, read_dataset
 from bitfit.encoder import DTYPES, Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted, UsageError
 from bitfit.heads import make_head
@@ -139,12 +139,13 @@ def finetune(
             "learning_rate 'auto' (--lr auto) chooses on dev rows and there are none: name a dev "
             "file, let dev_fraction be above 0, or give one rate"
         )
+    hashes = {split: dataset_hash(dataset.splits[split]) for split in splits}
     best: Trainer | None = None
     candidates: list[dict[str, Any]] = []
     checkpoints: list[Path | None] = []
     for rate in rates or (config.learning_rate,):
         trainer = _make_trainer(
-            encoder, task, config.replace(learning_rate=rate), splits, dataset,
+            encoder, task, config.replace(learning_rate=rate), splits, hashes,
             checkpoint_path(out, rate if rates else None),
         )  # fmt: skip
         checkpoints.append(trainer.checkpoint)
@@ -157,7 +158,7 @@ def finetune(
     best.method.install()
     try:
         file = make_task_file(
-            best, splits, data_hash=dataset_hash(dataset.splits["train"]),
+            best, splits, data_hash=hashes["train"],
             candidates=candidates if rates else None, train_score=train_score,
             held_out=data_config.dev_fraction if dataset.held_out else None,
             storage=storage, licence=licence, description=description,
@@ -226,7 +227,7 @@ def _make_trainer(
     task: Task,
     config: TrainConfig,
     splits: dict[str, Split],
-    dataset: Dataset,
+    hashes: dict[str, str],
     checkpoint: Path | None,
 ) -> Trainer:
     head = make_head(task, encoder, config.pooling)
@@ -237,8 +238,8 @@ def _make_trainer(
             "task": dataclasses.asdict(task),
             "base": encoder.base.identity.sha256,
             "tokenizer": encoder.base.tokenizer_sha256,
-            "train rows": dataset_hash(dataset.splits["train"]),
-            "dev rows": dataset_hash(dataset.splits.get("dev", ())),
+            "train rows": hashes["train"],
+            "dev rows": hashes.get("dev"),
             "dtype": next(name for name, value in DTYPES.items() if value == encoder.dtype),
             "device": encoder.device.type,
             "threads": torch.get_num_threads(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -267,9 +267,7 @@ class Trainer:
         progress.history.append({"epoch": epoch, "train_loss": train_loss, "dev": scores})
         return EpochDone(epoch, progress.step, train_loss, scores, is_best, progress.stopped)
 
-    def evaluate(
-        self, split: Split, on_batch: Callable[[int], None] | None = None
-    ) -> tuple[dict[str, float], list[Logits]]:
+    def evaluate(self, split: Split) -> tuple[dict[str, float], list[Logits]]:
         """Return the scores and the logits of a split, at evaluation mode."""
         row, weights = self.method.trained()
         logits = compute_logits(
@@ -278,7 +276,6 @@ class Trainer:
             row[None],
             self.method.layout,
             {0: TaskHead(self.head, weights)},
-            on_batch=on_batch,
         )
         return score_logits(self.task, split, logits), logits
 
