@@ -9,7 +9,8 @@ from transformers import AlbertConfig, AutoModel, BertConfig
 from bitfit.bank import Layout
 from bitfit.base import choose_device, classifier_dropout, encoder_tensors, load_base
 from bitfit.batches import Feature, pack
-from bitfit.encoder import DropoutBits, Encoder, measure_precision
+from bitfit.dropout import DropoutBits, StepDropout
+from bitfit.encoder import Encoder, measure_precision
 from bitfit.errors import BaseModelError, MissingExtra
 
 FAMILIES = [family for family in CONFIGS if family != "modernbert"]
@@ -230,8 +231,8 @@ def test_dropout_masks_are_independent_between_elements_draws_and_steps():
 def test_dropout_repeats_for_the_same_seed_and_step(open_tiny):
     for family in ("bert", "mpnet"):  # packed and padded
         encoder, batch = open_tiny(family), make_batch([6, 3])
-        draws = [encoder.encode(batch, {}, None, DropoutBits(0, s, encoder.device))
-                 for s in (1, 1, 2)]  # fmt: skip
+        steps = [StepDropout([(DropoutBits(0, step, encoder.device), batch)]) for step in (1, 1, 2)]
+        draws = [encoder.encode(batch, {}, None, dropout) for dropout in steps]
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
 
@@ -242,7 +243,7 @@ def test_dropout_leaves_torch_global_generator_alone(open_tiny):
         torch.manual_seed(5)
         expected = torch.rand(3)
         torch.manual_seed(5)
-        encoder.encode(batch, {}, None, DropoutBits(0, 1, encoder.device))
+        encoder.encode(batch, {}, None, StepDropout([(DropoutBits(0, 1, encoder.device), batch)]))
         assert torch.equal(torch.rand(3), expected)
 
 

@@ -13,6 +13,8 @@ LAYERS = (
     {"tasks", "storage", "calibration"},
     {"metrics", "data", "terms", "identity"},
     {"bank", "base", "batches"},
+    {"dropout", "leaves"},
+    {"attention"},
     {"encoder", "taskfile", "comparison"},
     {"heads", "inference"},
     {"model", "tuned"},

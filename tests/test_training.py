@@ -12,9 +12,10 @@ from bitfit.batches import make_features
 from bitfit.errors import BitfitError, NoBiases, TrainingDiverged, TrainingInterrupted, UsageError
 from bitfit.heads import make_head
 from bitfit.tasks import Task, TextExample
-from bitfit.training.methods import MatrixMethod, make_method, random_masks
+from bitfit.training.lane import Lane, Split
+from bitfit.training.methods import MatrixMethod, choose_layout, make_method, random_masks
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
-from bitfit.training.train import AdamW, Split, StepDone, Trainer, clip_gradients, learning_rate_at
+from bitfit.training.train import AdamW, StepDone, Trainer, learning_rate_at, step_size
 
 MOOD = Task(name="mood", kind="classification", labels=("bad", "good"))
 
@@ -29,16 +30,41 @@ def mood_split(encoder, count=24, seed=0):
     return Split(examples, make_features(encoder.base.tokenizer, MOOD, examples, 16))
 
 
-def make_trainer(encoder, checkpoint=None, **options):
+def make_lane(encoder, label="", train_seed=0, **options):
     config = TrainConfig(**({"epochs": 2, "learning_rate": 1e-2, "max_length": 16} | options))
     head = make_head(MOOD, encoder, config.pooling)
-    method = make_method(encoder, head, config)
-    method.install()
-    return Trainer(
-        encoder=encoder, task=MOOD, head=head, method=method,
-        config=config, train=mood_split(encoder), dev=mood_split(encoder, 10, 1),
-        checkpoint=checkpoint,
+    return Lane(
+        task=MOOD, head=head, config=config, layout=choose_layout(encoder, head, config),
+        train=mood_split(encoder, seed=train_seed), dev=mood_split(encoder, 10, 1),
+        device=encoder.device, label=label,
     )  # fmt: skip
+
+
+def make_trainer(encoder, checkpoint=None, **options):
+    lane = make_lane(encoder, **options)
+    method = make_method(encoder, [lane])
+    method.install()
+    return Trainer(encoder=encoder, method=method, lanes=[lane], checkpoint=checkpoint)
+
+
+def finish(trainer):
+    """Run to the end; the lane, its kept numbers in place."""
+    list(trainer.run())
+    (lane,) = trainer.lanes
+    trainer.keep(lane)
+    return lane
+
+
+def trained_row(trainer):
+    (lane,) = trainer.lanes
+    return trainer.method.trained(0, lane.layout, lane.head)[0]
+
+
+def with_scores(trainer, *scores):
+    """Let the epochs of a trainer score as given."""
+    scores = iter(scores)
+    trainer.evaluate = lambda lane, split, slot: ({"accuracy": next(scores)}, [])
+    return trainer
 
 
 @pytest.mark.parametrize("method", ["bitfit", "frozen"])
@@ -47,12 +73,12 @@ def test_every_tensor_of_the_base_stays_bit_identical(family, method, checkpoint
     """Promise 1, for packed and padded batches."""
     encoder = open_tiny(family)
     trainer = make_trainer(encoder, method=method)
-    list(trainer.run())
+    finish(trainer)
     fresh = load_base(checkpoint(family))
     after = encoder_tensors(encoder.model, encoder.pooler)
     for name, tensor in encoder_tensors(fresh.model, fresh.pooler).items():
         assert torch.equal(after[name], tensor), name
-    row, _ = trainer.method.trained()
+    row = trained_row(trainer)
     assert (row.abs().sum() > 0) == (method == "bitfit")
 
 
@@ -62,7 +88,7 @@ def test_only_the_selected_biases_get_a_row(open_tiny):
     assert [s.label for s in trainer.method.layout.sites] == [
         "query@1", "intermediate@0", "intermediate@1"
     ]  # fmt: skip
-    assert trainer.method.encoder_count == 32 + 2 * 64
+    assert trainer.method.encoder_count(trainer.lanes[0].layout) == 32 + 2 * 64
 
 
 def test_all_leaves_the_inert_key_out_but_the_paper_trains_it(open_tiny):
@@ -80,8 +106,8 @@ def test_all_leaves_the_inert_key_out_but_the_paper_trains_it(open_tiny):
 def test_a_trained_key_bias_stays_put_with_the_papers_epsilon(open_tiny):
     """Its gradient is rounding noise; eps 1e-6 before correction keeps Adam from blowing it up."""
     trainer = make_trainer(open_tiny(), recipe="paper", epochs=10)
-    list(trainer.run())
-    row, _ = trainer.method.trained()
+    finish(trainer)
+    row = trained_row(trainer)
     change = {site.term: 0.0 for site in trainer.method.layout.sites}
     for site, part in zip(
         trainer.method.layout.sites,
@@ -95,8 +121,8 @@ def test_a_trained_key_bias_stays_put_with_the_papers_epsilon(open_tiny):
 def test_the_pooler_bias_is_trained_where_the_head_reads_it_and_refused_where_not(open_tiny):
     encoder = open_tiny()
     with_pooler = make_trainer(encoder, terms="all,pooler", learning_rate=1e-2)
-    list(with_pooler.run())
-    row, _ = with_pooler.method.trained()
+    finish(with_pooler)
+    row = trained_row(with_pooler)
     assert with_pooler.method.layout.sites[-1].term == "pooler"
     assert row[-32:].abs().sum() > 0
     with pytest.raises(UsageError, match="never uses it"):
@@ -109,7 +135,7 @@ def test_a_base_without_biases_is_an_error_for_bitfit_and_fine_frozen(open_tiny)
     encoder = open_tiny("modernbert")
     with pytest.raises(NoBiases, match="0 biases"):
         make_trainer(encoder)
-    assert make_trainer(encoder, method="frozen").method.encoder_count == 0
+    assert make_trainer(encoder, method="frozen").lanes[0].layout.n == 0
 
 
 def test_the_optimizer_is_that_of_the_released_code():
@@ -117,11 +143,11 @@ def test_the_optimizer_is_that_of_the_released_code():
     torch.manual_seed(0)
     tensor = torch.randn(5, requires_grad=True)
     p, m, v = tensor.detach().double(), torch.zeros(5).double(), torch.zeros(5).double()
-    optimizer = AdamW([tensor], eps=1e-6)
+    optimizer = AdamW([tensor])
     for step in range(1, 8):
         grad = torch.randn(5) * 1e-4
         tensor.grad = grad.clone()
-        optimizer.step(1e-2, step)
+        optimizer.step([step_size(1e-2, step)], [1e-6])
         m = 0.9 * m + 0.1 * grad
         v = 0.999 * v + 0.001 * grad.double() ** 2
         size = 1e-2 * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
@@ -134,28 +160,32 @@ def test_the_optimizer_with_a_rescaled_epsilon_is_torchs():
     mine = torch.randn(7, requires_grad=True)
     theirs = mine.detach().clone().requires_grad_(True)
     ours, torchs = (
-        AdamW([mine], eps=0.0),
+        AdamW([mine]),
         torch.optim.AdamW([theirs], 1e-2, eps=0.0, weight_decay=0),
     )
     for step in range(1, 6):
         grad = torch.randn(7)
         mine.grad, theirs.grad = grad.clone(), grad.clone()
-        ours.step(1e-2, step)
+        ours.step([step_size(1e-2, step)], [0.0])
         torchs.step()
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_clipping_is_torchs_over_row_and_head_together():
-    tensors = [torch.zeros(3, requires_grad=True), torch.zeros(2, 2, requires_grad=True)]
-    grads = [torch.tensor([3.0, 0, 4]), torch.full((2, 2), 6.0)]
-    for t, g in zip(tensors, grads, strict=True):
-        t.grad = g.clone()
-    clip_gradients(tensors, 1.0)
-    total = math.sqrt(25 + 144)
-    for t, g in zip(tensors, grads, strict=True):
-        torch.testing.assert_close(t.grad, g / total, atol=1e-6, rtol=1e-5)
-    clip_gradients(tensors, 0)
-    assert tensors[0].grad[0] == pytest.approx(3 / total, rel=1e-5)
+@pytest.mark.parametrize("name", ["bitfit", "full"])
+def test_clipping_is_torchs_over_encoder_and_head_together(name, open_tiny):
+    method = make_trainer(open_tiny(), method=name).method
+    for tensor in method.tensors:
+        tensor.grad = torch.randn_like(tensor)
+    expected = [t.grad.clone().requires_grad_(True) for t in method.tensors]
+    for e in expected:
+        e.grad = e.detach().clone()
+    torch.nn.utils.clip_grad_norm_(expected, 1.0)
+    method.clip([0.0])
+    assert torch.equal(method.tensors[0].grad, expected[0].detach())
+    method.clip([1.0])
+    for t, e in zip(method.tensors, expected, strict=True):
+        torch.testing.assert_close(t.grad, e.grad, atol=1e-6, rtol=1e-4)
+    method.uninstall()
 
 
 def test_schedules_rise_and_fall_as_named():
@@ -184,18 +214,16 @@ PINNED_LOSSES = [0.69142, 0.74841, 0.70226]
 
 def test_training_learns(open_tiny):
     trainer = make_trainer(open_tiny(), epochs=20, learning_rate=2e-2, patience=0)
-    list(trainer.run())
-    print([h["dev"] for h in trainer.progress.history])
-    assert trainer.progress.best_score >= 0.9
-    scores, _ = trainer.evaluate(trainer.train)
+    lane = finish(trainer)
+    assert lane.progress.best_score >= 0.9
+    scores, _ = trainer.evaluate(lane, lane.train)
     assert scores["accuracy"] > 0.9
 
 
 def test_two_runs_of_one_seed_are_bit_identical_and_two_seeds_are_not(open_tiny):
     def row(seed):
         trainer = make_trainer(open_tiny(), seed=seed)
-        list(trainer.run())
-        return trainer.method.flat
+        return finish(trainer).best[0]
 
     assert torch.equal(row(1), row(1))
     assert not torch.equal(row(1), row(2))
@@ -204,61 +232,53 @@ def test_two_runs_of_one_seed_are_bit_identical_and_two_seeds_are_not(open_tiny)
 def test_the_best_epoch_is_kept_and_the_last_on_request(open_tiny):
     kept = {}
     for keep in ("best", "last"):
-        trainer = make_trainer(open_tiny(), keep=keep, epochs=3, patience=0)
-        scores = iter([0.5, 0.9, 0.7])
+        trainer = with_scores(
+            make_trainer(open_tiny(), keep=keep, epochs=3, patience=0), 0.5, 0.9, 0.7
+        )
         flats = []
-
-        def evaluate(split, on_batch=None, t=trainer, scores=scores, flats=flats):
-            flats.append(t.method.flat.detach().clone())
-            return {"accuracy": next(scores)}, []
-
-        trainer.evaluate = evaluate
-        list(trainer.run())
-        kept[keep] = trainer.keep()
-        assert trainer.progress.best_epoch == 2
-        expected = flats[1] if keep == "best" else flats[2]
-        assert torch.equal(trainer.method.flat, expected)
+        for event in trainer.run():
+            if isinstance(event, StepDone) and event.step % 3 == 0:
+                flats.append(trainer.method.flat.detach().clone())
+        (lane,) = trainer.lanes
+        trainer.keep(lane)
+        kept[keep] = lane.kept_epoch
+        assert lane.progress.best_epoch == 2
+        assert torch.equal(trainer.method.flat, flats[1] if keep == "best" else flats[2])
     assert kept == {"best": 2, "last": 3}
 
 
 def test_early_stopping_waits_its_patience(open_tiny):
     trainer = make_trainer(open_tiny(), epochs=9, patience=2)
-    scores = iter([0.5, 0.9, 0.7, 0.8, 1.0])
-    trainer.evaluate = lambda split: ({"accuracy": next(scores)}, [])
-    list(trainer.run())
-    assert [h["epoch"] for h in trainer.progress.history] == [1, 2, 3, 4]
-    assert trainer.progress.stopped
+    lane = finish(with_scores(trainer, 0.5, 0.9, 0.7, 0.8, 1.0))
+    assert [h["epoch"] for h in lane.progress.history] == [1, 2, 3, 4]
+    assert lane.progress.stopped
 
 
 def test_of_equal_scores_the_later_epoch_is_kept(open_tiny):
-    trainer = make_trainer(open_tiny(), epochs=3)
-    scores = iter([0.9, 0.9, 0.8])
-    trainer.evaluate = lambda split: ({"accuracy": next(scores)}, [])
-    list(trainer.run())
-    assert trainer.progress.best_epoch == 2
+    lane = finish(with_scores(make_trainer(open_tiny(), epochs=3), 0.9, 0.9, 0.8))
+    assert lane.progress.best_epoch == 2
 
 
 def test_an_undefined_score_never_wins(open_tiny):
-    trainer = make_trainer(open_tiny(), epochs=2)
-    scores = iter([math.nan, -0.5])
-    trainer.evaluate = lambda split: ({"accuracy": next(scores)}, [])
-    list(trainer.run())
-    assert trainer.progress.best_epoch == 2
+    lane = finish(with_scores(make_trainer(open_tiny(), epochs=2), math.nan, -0.5))
+    assert lane.progress.best_epoch == 2
 
 
 def test_divergence_is_an_error_with_advice(open_tiny):
     trainer = make_trainer(open_tiny())
+    run = trainer.run()
+    next(run)
     with torch.no_grad():
         trainer.method.flat[0, 0] = math.nan
     with pytest.raises(TrainingDiverged, match="smaller"):
-        list(trainer.run())
+        list(run)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
 def test_a_run_resumed_at_any_step_ends_in_the_same_numbers(stop, open_tiny, tmp_path):
     """Promise 6 in one process; test_resume kills processes."""
     whole = make_trainer(open_tiny())
-    list(whole.run())
+    expected = finish(whole)
     first = make_trainer(open_tiny(), tmp_path / "c")
     for event in first.run():
         if isinstance(event, StepDone) and event.step == stop:
@@ -266,11 +286,10 @@ def test_a_run_resumed_at_any_step_ends_in_the_same_numbers(stop, open_tiny, tmp
             break
     second = make_trainer(open_tiny(), tmp_path / "c")
     assert second.resume()
-    assert second.progress.step == stop
-    list(second.run())
+    assert second.steps == stop
+    found = finish(second)
     assert torch.equal(second.method.flat, whole.method.flat)
-    assert second.progress.history == whole.progress.history
-    assert all(torch.equal(a, b) for a, b in zip(second.best, whole.best, strict=True))
+    assert found.progress.history == expected.progress.history
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(open_tiny, tmp_path):
@@ -308,13 +327,14 @@ def test_random_methods_change_only_what_was_drawn(method, open_tiny, checkpoint
     fresh = load_base(checkpoint())
     before = encoder_tensors(fresh.model, fresh.pooler)
     after = encoder_tensors(encoder.model, encoder.pooler)
-    masks = random_masks(encoder, trainer.head, trainer.config)
+    masks = random_masks(encoder, trainer.lanes[0].head, trainer.lanes[0].config)
     changed = 0
     for name, tensor in before.items():
         moved = after[name] != tensor
         assert not (moved & ~masks[name]).any(), name
         changed += int(moved.sum())
-    assert 0.3 * trainer.method.encoder_count < changed <= trainer.method.encoder_count
+    count = trainer.method.encoder_count(trainer.lanes[0].layout)
+    assert 0.3 * count < changed <= count
 
 
 def test_random_draws_exactly_as_many_scalars_as_the_eight_terms(open_tiny):
@@ -369,11 +389,11 @@ def test_settings_that_cannot_be_meant_are_refused(options):
 
 def test_balanced_class_weights_are_the_inverse_of_the_frequency(open_tiny):
     encoder = open_tiny()
-    trainer = make_trainer(encoder, class_weights="balanced")
-    torch.testing.assert_close(trainer.class_weights, torch.tensor([1.0, 1.0]))
-    rows = trainer.train.features.items
-    trainer.train = Split([], types.SimpleNamespace(items=[rows[0], rows[1], rows[3], rows[5]]))
-    torch.testing.assert_close(trainer._class_weights(), torch.tensor([2.0, 2 / 3]))
+    lane = make_lane(encoder, class_weights="balanced")
+    torch.testing.assert_close(lane.class_weights, torch.tensor([1.0, 1.0]))
+    rows = lane.train.features.items
+    lane.train = Split([], types.SimpleNamespace(items=[rows[0], rows[1], rows[3], rows[5]]))
+    torch.testing.assert_close(lane._class_weights(), torch.tensor([2.0, 2 / 3]))
 
 
 # --- the whole run -------------------------------------------------------------------------------
@@ -394,7 +414,7 @@ def test_a_csv_becomes_a_task_file(checkpoint, tickets, tmp_path):
     assert file.task.labels == ("complaint", "praise")
     assert file.score == outcome.score > 0.8
     assert "train_accuracy" in file.scores
-    assert file.recipe["kept_epoch"] == outcome.trainer.kept_epoch
+    assert file.recipe["kept_epoch"] == outcome.lane.kept_epoch
     assert file.recipe["keep"] == "best"
     assert file.recipe["learning_rate"] == 2e-2
     assert file.temperature is None  # 18 dev rows calibrate nothing
@@ -429,15 +449,16 @@ def test_the_rate_is_searched_on_dev_and_written_down(checkpoint, tickets, tmp_p
     assert [p.name for p in tmp_path.glob("auto*")] == [out.name]
 
 
-def test_an_interrupted_search_resumes_to_the_same_bytes(checkpoint, tickets, tmp_path):
-    options = {"learning_rate": "auto", "epochs": 1, "limit": 24}
+@pytest.mark.parametrize("lanes", [1, 3, 4])
+def test_an_interrupted_search_resumes_to_the_same_bytes(lanes, checkpoint, tickets, tmp_path):
+    options = {"learning_rate": "auto", "epochs": 1, "limit": 24, "lanes": lanes}
     run(checkpoint, tickets, out=tmp_path / "whole", **options)
     steps = 0
 
     def stop():
         nonlocal steps
         steps += 1
-        return steps in (2, 5)
+        return steps in (1, 3)
 
     for _ in range(2):
         with pytest.raises(TrainingInterrupted, match="--resume"):

@@ -57,6 +57,14 @@ class Layout:
         parts = [mine.get(s.path, row.new_zeros(s.length)) for s in into.sites]
         return torch.cat(parts) if parts else row.new_zeros(0)
 
+    def take(self, row: Tensor, of: Layout) -> Tensor:
+        """Return the values ``(n,)`` of this layout's sites from a ``row`` of the layout ``of``."""
+        if self.sites == of.sites:
+            return row
+        theirs = of.split(row)
+        parts = [theirs[site.path] for site in self.sites]
+        return torch.cat(parts) if parts else row.new_zeros(0)
+
     def to_json(self) -> list[list[Any]]:
         """Return ``[[term, layers, length], ...]``: layers is ``"0-5"``, ``"1,3"`` or null."""
         groups: dict[tuple[str, int], list[int | None]] = {}

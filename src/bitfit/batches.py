@@ -82,9 +82,13 @@ class Batch:
 
     @cached_property
     def padded_index(self) -> Tensor:
-        """``(B, max_length)``: the token at each place of a padded batch (0 at the padding)."""
+        """``(B, max_length)``: the token at each place of a padded batch.
+
+        At the padding a sequence's own first token: a NaN in one sequence, weighed by zero, would
+        otherwise reach its neighbours.
+        """
         columns = torch.arange(self.max_length, device=self.lengths.device)
-        return torch.where(self.mask, self.starts[:, None] + columns, 0)
+        return self.starts[:, None] + torch.where(self.mask, columns, 0)
 
     @cached_property
     def unpadded_index(self) -> Tensor:

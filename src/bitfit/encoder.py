@@ -12,15 +12,15 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from bitfit.attention import PACKED
 from bitfit.bank import Layout
 from bitfit.base import (
     Base,
@@ -32,165 +32,21 @@ from bitfit.base import (
     quiet_transformers,
 )
 from bitfit.batches import Batch, Feature, pack
+from bitfit.dropout import StepDropout
 from bitfit.errors import UsageError
+from bitfit.leaves import (
+    BankedLayerNorm,
+    BankedLinear,
+    ForwardState,
+    RowIndex,
+    swap_leaves,
+    swapped,
+)
 from bitfit.terms import Site
 
-PACKED = "bitfit_packed"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A probe passes below this, relative to the largest value. Rounding gives 1e-6, a fault 1e-1.
 PROBE_TOLERANCE = 1e-4
-
-
-class DropoutBits:
-    """Dropout masks for one step, from random bits that depend on (seed, step) only.
-
-    Sixteen bits an element give the rate 0.1 as 0.10001; eight would give 0.1016. A step draws the
-    same masks whether or not the run was interrupted before it.
-    """
-
-    def __init__(self, seed: int, step: int, device: torch.device) -> None:
-        state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
-        self.seed = int(state[0] >> np.uint64(1))
-        self.generator = torch.Generator(device).manual_seed(self.seed)
-
-    def scale(self, x: Tensor, rate: float) -> Tensor:
-        """Return a factor per element of ``x``: 0 with probability ``rate``, else 1/(1 - rate)."""
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
-        # The whole range: without bounds the sign bit is always 0 and every fourth draw biased.
-        words.random_(-(2**63), None, generator=self.generator)
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-        dropped = round(rate * 65536)
-        keep = bits >= dropped - 32768
-        return keep.to(x.dtype).mul_(65536 / (65536 - dropped))
-
-
-@dataclass
-class ForwardState:
-    """What the leaves read during one forward pass. One thread owns it."""
-
-    shifts: Mapping[str, Tensor] = field(default_factory=dict)
-    """By module path: ``(K, length)``, what each row adds to that module's bias."""
-    index: Tensor | None = None
-    """The row of each element of a leaf's leading axes; None: all use row 0."""
-    dropout: DropoutBits | None = None
-    """None: evaluation."""
-
-
-class BankedLinear(nn.Module):
-    """A Linear that adds ``bias + shift``, summed in fp32, with the shift of each token's row."""
-
-    def __init__(self, linear: nn.Linear, path: str, state: ForwardState) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.path, self.state = path, state
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x W^T + b``, shape ``(..., out_features)``."""
-        shift = self.state.shifts.get(self.path)
-        if self.bias is None:
-            return F.linear(x, self.weight)
-        if shift is None:
-            return F.linear(x, self.weight, self.bias.to(x.dtype))
-        if self.state.index is None:
-            # All rows agree: the bias folds into the matrix product.
-            return F.linear(x, self.weight, (self.bias + shift[0]).to(x.dtype))
-        return F.linear(x, self.weight) + _per_row(self.bias + shift, self.state.index, x)
-
-
-class BankedLayerNorm(nn.Module):
-    """A LayerNorm whose bias is read from the bank; the gain stays the base's."""
-
-    def __init__(self, norm: nn.LayerNorm, path: str, state: ForwardState) -> None:
-        super().__init__()
-        self.weight, self.bias = norm.weight, norm.bias
-        self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
-        self.path, self.state = path, state
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised ``x`` of unchanged shape."""
-        shift = self.state.shifts.get(self.path) if self.bias is not None else None
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        if shift is not None and self.state.index is not None:
-            plain = F.layer_norm(x, self.normalized_shape, weight, None, self.eps)
-            return plain + _per_row(self.bias + shift, self.state.index, x)
-        bias = self.bias if shift is None else self.bias + shift[0]
-        bias = None if bias is None else bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-class BankedDropout(nn.Module):
-    """A Dropout that draws from the step's own random bits."""
-
-    def __init__(self, dropout: nn.Dropout, state: ForwardState) -> None:
-        super().__init__()
-        self.p, self.state = dropout.p, state
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with elements dropped in training, ``x`` itself in evaluation."""
-        if self.state.dropout is None or self.p == 0:
-            return x
-        return x * self.state.dropout.scale(x, self.p)
-
-
-def _per_row(bias: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    """Return the bias ``(K, d)`` of each token: ``(T, d)`` packed, ``(B, 1, d)`` padded."""
-    chosen = bias.to(x.dtype).index_select(0, index)
-    return chosen[:, None] if x.ndim == 3 and x.shape[0] != 1 else chosen
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    bitfit_batch: Batch,
-    bitfit_state: ForwardState,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Return the attention of each sequence over itself, ``(1, T, heads, head_dim)``.
-
-    Projections, norms and the MLP see packed tokens; only here are sequences laid side by side,
-    padded to the longest of the batch. Without dropout torch's fused attention runs, with dropout
-    plain products do, since the fused one falls back to a slow path on the CPU.
-    """
-    if others.get("sliding_window") is not None:
-        raise ValueError("packed attention sees whole sequences; this model attends in windows")
-    q, k, v = (_side_by_side(x, bitfit_batch) for x in (query, key, value))  # (B, H, L, hd)
-    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = bitfit_batch.mask[:, None, None, :]
-    bits = bitfit_state.dropout
-    if bits is None or not dropout:
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    else:
-        scores = torch.matmul(q * scaling, k.transpose(2, 3))
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = torch.softmax(scores, dim=-1)
-        context = torch.matmul(weights * bits.scale(weights, dropout), v)
-    b, h, length, d = context.shape
-    tokens = context.transpose(1, 2).reshape(b * length, h * d)
-    packed = tokens.index_select(0, bitfit_batch.unpadded_index)
-    return packed.view(1, -1, h, d), None
-
-
-def _side_by_side(x: Tensor, batch: Batch) -> Tensor:
-    """``(1, H, T, hd)`` packed -> ``(B, H, L, hd)`` padded, contiguous, in one gather."""
-    _, heads, tokens, dim = x.shape
-    flat = x.transpose(1, 2).reshape(tokens * heads, dim)
-    rows = batch.padded_index * heads  # (B, L)
-    index = rows[:, None, :] + torch.arange(heads, device=rows.device)[None, :, None]
-    return flat.index_select(0, index.flatten()).view(*index.shape, dim)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Tell transformers to build no attention mask: packed_attention knows the sequences."""
-
-
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, _no_mask)
 
 
 class Encoder:
@@ -218,10 +74,10 @@ class Encoder:
         self.state = ForwardState()
         self._lock = threading.RLock()
         self._accepts = set(inspect.signature(self.model.forward).parameters)
-        _swap_leaves(self.model, "", self.state)
+        swap_leaves(self.model, "", self.state)
         if self.pooler is not None:
-            self.pooler = _swapped(self.pooler, "pooler", self.state)
-            _swap_leaves(self.pooler, "pooler.", self.state)
+            self.pooler = swapped(self.pooler, "pooler", self.state)
+            swap_leaves(self.pooler, "pooler.", self.state)
         self._cast(torch.float32)
         self.packed = packed and "position_ids" in self._accepts and self._probe_packing()
         self._set_attention(packed=self.packed)
@@ -253,7 +109,7 @@ class Encoder:
         batch: Batch,
         shifts: Mapping[str, Tensor],
         index: Tensor | None = None,
-        dropout: DropoutBits | None = None,
+        dropout: StepDropout | None = None,
     ) -> Tensor:
         """Return the last hidden states ``(T, hidden)`` of a batch, sequences end to end, in fp32.
 
@@ -261,7 +117,8 @@ class Encoder:
             batch: the sequences, on the encoder's device.
             shifts: rows of the bank by module path, each ``(K, length)``: ``Layout.split(rows)``.
             index: ``(B,)``, the row of each sequence; None when all use row 0.
-            dropout: the step's random bits; None evaluates.
+            dropout: the step's masks, for all sequences of the batch in their order; None
+                evaluates. Several runs in one batch need an encoder that is packed.
         """
         if index is not None and not self.mixes:
             return self._encode_by_row(batch, shifts, index, dropout)
@@ -301,7 +158,9 @@ class Encoder:
                 self.state.shifts = {}
 
     def _run_packed(self, batch: Batch, index: Tensor | None) -> Tensor:
-        self.state.index = None if index is None else index[batch.sequence_of_token]
+        if index is not None:
+            rows = _row_count(self.state.shifts)
+            self.state.index = RowIndex(index[batch.sequence_of_token], rows)
         inputs = {
             "input_ids": batch.input_ids[None],
             "token_type_ids": batch.token_type_ids[None],
@@ -316,7 +175,8 @@ class Encoder:
         return hidden
 
     def _run_padded(self, batch: Batch, index: Tensor | None) -> Tensor:
-        self.state.index = index
+        if index is not None:
+            self.state.index = RowIndex(index, _row_count(self.state.shifts), padded=True)
         padding = self.base.config.pad_token_id or 0
         inputs = {
             "input_ids": torch.where(batch.mask, batch.input_ids[batch.padded_index], padding),
@@ -336,7 +196,7 @@ class Encoder:
         batch: Batch,
         shifts: Mapping[str, Tensor],
         index: Tensor,
-        dropout: DropoutBits | None,
+        dropout: StepDropout | None,
     ) -> Tensor:
         """A mixed batch, one row after the other, for families whose leaves see no batch axis."""
         parts, places = [], []
@@ -416,24 +276,13 @@ class Encoder:
         return pack(features).to(self.device)
 
 
+def _row_count(shifts: Mapping[str, Tensor]) -> int:
+    return next((len(shift) for shift in shifts.values()), 1)
+
+
 def _near(found: Tensor, expected: Tensor) -> bool:
     scale = expected.abs().max().clamp_min(1e-6)
     return bool((found - expected).abs().max() <= PROBE_TOLERANCE * scale)
-
-
-def _swapped(module: nn.Module, path: str, state: ForwardState) -> nn.Module:
-    if isinstance(module, nn.Linear):
-        return BankedLinear(module, path, state)
-    if isinstance(module, nn.LayerNorm):
-        return BankedLayerNorm(module, path, state)
-    return BankedDropout(module, state) if isinstance(module, nn.Dropout) else module
-
-
-def _swap_leaves(module: nn.Module, prefix: str, state: ForwardState) -> None:
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        setattr(module, name, _swapped(child, path, state))
-        _swap_leaves(child, f"{path}.", state)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bitfit.base import ROBERTA_LIKE
 from bitfit.batches import Batch, Feature
-from bitfit.encoder import DropoutBits, Encoder
+from bitfit.dropout import DropoutBits
+from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
 from bitfit.tasks import Example, Kind, SpanExample, Task
 

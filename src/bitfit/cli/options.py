@@ -298,6 +298,14 @@ Device: TypeAlias = Annotated[
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(help="CPU threads.", min=1, rich_help_panel=MACHINE)
 ]
+Lanes: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="With --lr auto, how many rates train side by side in one forward pass: a number, or "
+        "auto: measured.",
+        rich_help_panel=MACHINE,
+    ),
+]
 
 # ------------------------------------------------------------------ the task file
 
@@ -369,3 +377,17 @@ def parse_rate(text: str | None) -> float | str | None:
         return float(text)
     except ValueError:
         raise UsageError(f"--lr {text!r} is neither a number nor 'auto'") from None
+
+
+def parse_lanes(text: str) -> int | str:
+    """Return ``--lanes`` as :func:`bitfit.finetune` takes it.
+
+    Raises:
+        UsageError: neither a whole number nor ``auto``.
+    """
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--lanes {text!r} is neither a whole number nor 'auto'") from None

@@ -50,6 +50,7 @@ def train(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
+    lanes: options.Lanes = "auto",
     dry_run: options.DryRun = False,
     log: options.Log = None,
     tensorboard: options.TensorBoard = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ from bitfit.data.files import project_name
 from bitfit.doctor import count_parameters
 from bitfit.errors import BitfitError, MissingExtra
 from bitfit.training.finetune import Event, RunStarted, finetune
+from bitfit.training.lane import Lane
 from bitfit.training.outputs import MIN_CALIBRATION_ROWS, Outcome
 from bitfit.training.train import EpochDone, StepDone
 
@@ -47,6 +48,7 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     config = options.data_config(given)
     arguments = {key: given[key] for key in _PASSED_ON}
     arguments["learning_rate"] = options.parse_rate(given["learning_rate"])
+    arguments["lanes"] = options.parse_lanes(given["lanes"])
     arguments["data"] = config
     arguments["out"] = given["out"] or _default_out(config, given)
     arguments["base"] = given["base"]
@@ -99,9 +101,8 @@ class Watch:
         self.given, self.out, self.place_is_told = given, out, False
         self.quiet = given["quiet"]
         self.interruption = interruption
-        self.many_rates = given["learning_rate"] == "auto"
         self.board_folder: Path | None = given["tensorboard"]
-        self.board: Any = None
+        self.boards: dict[str, Any] = {}
         self.log = _open_log(given["log"])
         self.bar: Progress | None = None
         self.shown = 0.0
@@ -117,8 +118,8 @@ class Watch:
             self.bar.stop()
         if self.log is not None:
             self.log.close()
-        if self.board is not None:
-            self.board.close()
+        for board in self.boards.values():
+            board.close()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -126,19 +127,21 @@ class Watch:
             self._begin(event)
         elif isinstance(event, StepDone):
             self._step(event)
-        else:
+        elif isinstance(event, EpochDone):
             self._epoch(event)
+        else:
+            self._say(f"{event.lane.label} is given up: {event.reason}")
 
     def _begin(self, event: RunStarted) -> None:
-        self.run, self.began, self.tokens = event, time.perf_counter(), 0
+        self.began, self.tokens = time.perf_counter(), 0
         self.interruption.running = True
-        self._open_board()
+        self._open_boards(event.lanes)
         if self.quiet:
             return
         if not self.place_is_told:
             self.place_is_told = True
             _tell_place(self.out, self.given)
-        console.note(_headline(event, self.many_rates))
+        console.note(_headline(event))
         if event.resumed_at:
             console.note(f"resumed at step {event.resumed_at} of {event.total_steps}")
         if not console.messages().is_terminal:
@@ -152,14 +155,16 @@ class Watch:
         for old in self.bar.task_ids:
             self.bar.remove_task(old)
         self.row = self.bar.add_task(
-            event.task.name, total=event.total_steps, completed=event.resumed_at,
+            event.lanes[0].task.name, total=event.total_steps, completed=event.resumed_at,
             loss="", speed="", dev="",
         )  # fmt: skip
 
     def _step(self, event: StepDone) -> None:
         self.tokens += event.tokens
-        if self.board is not None and event.step % 10 == 0:
-            self.board.add_scalar("train/loss", float(event.loss), event.step)
+        for lane, loss in event.losses if self.boards else ():
+            if lane.progress.step % 10 == 0:
+                step = lane.progress.step
+                self.boards[lane.label].add_scalar("train/loss", float(loss), step)
         now = time.perf_counter()
         # Reading the loss waits for a GPU: a few times a second is enough.
         if self.bar is None or (now - self.shown < 0.2 and event.step < event.total):
@@ -172,21 +177,25 @@ class Watch:
         )  # fmt: skip
 
     def _epoch(self, event: EpochDone) -> None:
-        metric = self.run.task.metric
+        lane = event.lane
+        metric = lane.task.metric
         score = console.number(event.scores.get(metric)) if event.scores else None
         if self.bar is not None and score is not None:
             self.bar.update(self.row, dev=f"dev {metric} {score}")
         self._record(event)
-        if self.quiet:
-            return
         seconds = console.duration(time.perf_counter() - self.began)
         parts = [
-            f"epoch {event.epoch}/{self.run.config.epochs}: loss {event.train_loss:.4f}",
+            lane.label,
+            f"epoch {event.epoch}/{lane.config.epochs}: loss {event.train_loss:.4f}",
             f"dev {metric} {score}{' (best so far)' if event.is_best else ''}" if score else "",
             "no better for long: stopped early" if event.stopped else "",
             seconds,
         ]
-        line = ", ".join(part for part in parts if part)
+        self._say(", ".join(part for part in parts if part))
+
+    def _say(self, line: str) -> None:
+        if self.quiet:
+            return
         # Above the bar, where there is one.
         if self.bar is not None:
             self.bar.console.print(line, soft_wrap=True)
@@ -194,28 +203,29 @@ class Watch:
             console.note(line)
 
     def _record(self, event: EpochDone) -> None:
+        lane = event.lane
         if self.log is not None:
             line = {
-                "task": self.run.task.name, "method": self.run.config.method,
-                "learning_rate": self.run.config.learning_rate, "seed": self.run.config.seed,
+                "task": lane.task.name, "method": lane.config.method,
+                "learning_rate": lane.config.learning_rate, "seed": lane.config.seed,
                 "epoch": event.epoch, "step": event.step, "train_loss": event.train_loss,
                 "scores": event.scores, "is_best": event.is_best, "stopped": event.stopped,
                 "seconds": time.perf_counter() - self.began,
             }  # fmt: skip
             self.log.write(json.dumps(console.finite(line), allow_nan=False) + "\n")
             self.log.flush()
-        if self.board is not None:
-            self.board.add_scalar("train/epoch_loss", event.train_loss, event.step)
+        if self.boards:
+            board = self.boards[lane.label]
+            board.add_scalar("train/epoch_loss", event.train_loss, event.step)
             for name, value in event.scores.items():
-                self.board.add_scalar(f"dev/{name}", value, event.step)
+                board.add_scalar(f"dev/{name}", value, event.step)
 
-    def _open_board(self) -> None:
+    def _open_boards(self, lanes: Sequence[Lane]) -> None:
         if self.board_folder is None:
             return
-        if self.board is not None:
-            self.board.close()
-        below = f"lr-{self.run.config.learning_rate:g}" if self.many_rates else ""
-        self.board = _board_class()(log_dir=str(self.board_folder / below))
+        for lane in lanes:
+            below = f"lr-{lane.config.learning_rate:g}" if len(lanes) > 1 else ""
+            self.boards[lane.label] = _board_class()(log_dir=str(self.board_folder / below))
 
 
 def _open_log(path: Path | None) -> IO[str] | None:
@@ -236,13 +246,15 @@ def _board_class() -> Any:
     return SummaryWriter
 
 
-def _headline(event: RunStarted, many_rates: bool) -> str:
-    rate = f", learning rate {event.config.learning_rate:g}" if many_rates else ""
-    dev = "no dev rows" if event.dev is None else console.count(len(event.dev.examples), "dev row")
+def _headline(event: RunStarted) -> str:
+    lane = event.lanes[0]
+    dev = "no dev rows" if lane.dev is None else console.count(len(lane.dev.examples), "dev row")
+    side = f", {event.slots} side by side" if event.slots > 1 else ""
+    runs = f" ({len(event.lanes)} learning rates{side})" if len(event.lanes) > 1 else ""
     return (
-        f"{event.task.name}: {console.count(len(event.train.examples), 'training row')}, {dev}; "
+        f"{lane.task.name}: {console.count(len(lane.train.examples), 'training row')}, {dev}; "
         f"training {console.count(event.encoder_count, 'value')} of {event.encoder.base.name} and "
-        f"a head of {event.head_count:,} in {console.count(event.total_steps, 'step')}{rate}, in "
+        f"a head of {lane.head.size:,} in {console.count(event.total_steps, 'step')}{runs}, in "
         f"{_how_it_runs(event)}"
     )
 
@@ -275,24 +287,24 @@ def plan(given: Mapping[str, Any]) -> dict[str, Any]:
         raise _Planned(event)
 
     try:
-        finetune(**arguments, on_event=stop)
+        finetune(**arguments | {"lanes": 1}, on_event=stop)
     except _Planned as planned:
         event = planned.event
+    lane = event.lanes[0]
     dataset = read_dataset(arguments["data"])
     encoder = event.encoder
-    rates = 4 if arguments["learning_rate"] == "auto" else 1
     return {
-        "task": event.task.name, "kind": event.task.kind, "labels": list(event.task.labels),
-        "metric": event.task.metric, "columns": dict(dataset.columns),
+        "task": lane.task.name, "kind": lane.task.kind, "labels": list(lane.task.labels),
+        "metric": lane.task.metric, "columns": dict(dataset.columns),
         "rows": {split: len(examples) for split, examples in dataset.splits.items()},
         "held_out": dataset.held_out, "skipped_rows": [str(row) for row in dataset.skipped],
         "sources": {split: list(files) for split, files in dataset.sources.items()},
-        "truncated_share": event.train.features.truncated_share,
+        "truncated_share": lane.train.features.truncated_share,
         "base": encoder.base.name, "packed": encoder.packed,
         "dtype": str(encoder.dtype).removeprefix("torch."), "device": encoder.device.type,
         "threads": torch.get_num_threads(),
-        "trainable": {"encoder": event.encoder_count, "head": event.head_count},
-        "steps": event.total_steps, "runs": rates, "config": event.config.to_json(),
+        "trainable": {"encoder": event.encoder_count, "head": lane.head.size},
+        "steps": lane.total_steps, "runs": len(event.lanes), "config": lane.config.to_json(),
         "file": str(out),
     }  # fmt: skip
 
@@ -337,8 +349,7 @@ def show_outcome(outcome: Outcome) -> None:
     metric, trainable = report["metric"], report["trainable"]
     console.say(f"{report['task']}: {_score_line(report)}", style="bold")
     others = {k: v for k, v in report["scores"].items() if k != metric}
-    trainer = outcome.trainer
-    total = count_parameters(trainer.encoder, trainer.head.pooling)
+    total = count_parameters(outcome.trainer.encoder, outcome.lane.head.pooling)
     speed = (
         f"{report['examples_per_second']:,.0f} rows/s, {report['tokens_per_second']:,.0f} tokens/s"
     )
@@ -384,7 +395,7 @@ def calibration_line(
 def _rate_line(outcome: Outcome) -> str:
     tried = len(outcome.file.recipe.get("rates_tried") or ())
     best = f" (best on dev of {tried} tried)" if tried else ""
-    return f"{outcome.trainer.config.learning_rate:g}{best}"
+    return f"{outcome.lane.config.learning_rate:g}{best}"
 
 
 def _score_line(report: Mapping[str, Any]) -> str:
@@ -409,7 +420,7 @@ def _epoch_line(report: Mapping[str, Any]) -> str:
 
 def _how_to_use(outcome: Outcome) -> str | None:
     path = shlex.quote(str(outcome.path))
-    if outcome.trainer.config.method not in ("bitfit", "frozen"):
+    if outcome.lane.config.method not in ("bitfit", "frozen"):
         return f"bitfit train --base {path} ..." if outcome.path and outcome.path.is_dir() else None
     task = outcome.file.task
     if task.kind == "span":

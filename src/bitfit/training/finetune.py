@@ -17,36 +17,30 @@ from bitfit.encoder import DTYPES, Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted, UsageError
 from bitfit.heads import make_head
 from bitfit.tasks import Task
-from bitfit.training.methods import make_method
+from bitfit.training.lane import Lane, Split
+from bitfit.training.lane_count import choose_lane_count
+from bitfit.training.methods import choose_layout, make_method
 from bitfit.training.outputs import Outcome, make_task_file, save_outcome
-from bitfit.training.plan import (
-    check_dtype,
-    check_out,
-    checkpoint_path,
-    plan_run,
-    resume_conditions,
-)
-from bitfit.training.settings import TrainConfig
-from bitfit.training.train import EpochDone, Split, StepDone, Trainer
+from bitfit.training.plan import check_dtype, check_lanes, check_out, checkpoint_path, plan_run
+from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer, recorded_conditions
 
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Training begins, or begins again with the next of several rates."""
+    """Training begins: of one run, or of several rates."""
 
-    task: Task
-    config: TrainConfig
     encoder: Encoder
+    lanes: Sequence[Lane]
+    slots: int
+    """How many of the lanes train side by side."""
     encoder_count: int
-    head_count: int
-    train: Split
-    dev: Split | None
+    """Values of the encoder that each trains."""
     resumed_at: int
     """The step that a checkpoint goes on from, 0 for a fresh start."""
     total_steps: int
 
 
-Event: TypeAlias = RunStarted | StepDone | EpochDone
+Event: TypeAlias = RunStarted | StepDone | EpochDone | LaneDropped
 
 
 def finetune(
@@ -63,6 +57,7 @@ def finetune(
     revision: str | None = None,
     trust_remote_code: bool = False,
     threads: int | None = None,
+    lanes: int | str = "auto",
     resume: bool = False,
     train_score: bool = False,
     licence: str | None = None,
@@ -89,6 +84,7 @@ def finetune(
         revision: branch, tag or commit of a base on the hub.
         trust_remote_code: run code that comes with the base. Only where you trust its author.
         threads: CPU threads; None leaves torch's choice.
+        lanes: how many of several rates train side by side; ``"auto"`` measures it.
         resume: go on from the checkpoint beside ``out``, if there is one.
         train_score: also score the training rows (the paper's generalization gap).
         licence: licence of the task file, kept in it.
@@ -113,7 +109,8 @@ def finetune(
     began = time.perf_counter()
     data_config, config, rates = plan_run(data, recipe, learning_rate, options)
     check_out(out, storage, config)
-    before = resume_conditions(out, rates) if resume else {}
+    check_lanes(lanes)
+    before = recorded_conditions(checkpoint_path(out)) if resume else {}
     if threads or "threads" in before:
         torch.set_num_threads(threads or before["threads"])
 
@@ -140,39 +137,49 @@ def finetune(
             "file, let dev_fraction be above 0, or give one rate"
         )
     hashes = {split: dataset_hash(dataset.splits[split]) for split in splits}
-    best: Trainer | None = None
-    candidates: list[dict[str, Any]] = []
-    checkpoints: list[Path | None] = []
-    for rate in rates or (config.learning_rate,):
-        trainer = _make_trainer(
-            encoder, task, config.replace(learning_rate=rate), splits, hashes,
-            checkpoint_path(out, rate if rates else None),
-        )  # fmt: skip
-        checkpoints.append(trainer.checkpoint)
-        _train(trainer, resume, on_event, should_stop)
-        candidates.append({"learning_rate": rate, "score": trainer.progress.best_score})
-        if best is None or trainer.progress.best_score > best.progress.best_score:
-            best = trainer
-    assert best is not None
+    head = make_head(task, encoder, config.pooling)
+    runs = [
+        Lane(
+            task=task, head=head, config=config.replace(learning_rate=rate),
+            layout=choose_layout(encoder, head, config), train=splits["train"],
+            dev=splits.get("dev"), device=encoder.device,
+            label=f"learning rate {rate:g}" if rates else "",
+        )
+        for rate in rates or (config.learning_rate,)
+    ]  # fmt: skip
+    slots = before.get("lanes") or lanes
+    trainer = Trainer(
+        encoder=encoder, lanes=runs, checkpoint=checkpoint_path(out),
+        method=make_method(
+            encoder, runs, choose_lane_count(encoder, runs) if slots == "auto" else int(slots)
+        ),
+        identity=_conditions(encoder, hashes),
+    )  # fmt: skip
+    _train(trainer, resume, on_event, should_stop)
+    best = max(runs, key=lambda lane: (not lane.progress.dropped, lane.progress.best_score))
+    candidates = [
+        {"learning_rate": lane.config.learning_rate, "score": lane.progress.best_score}
+        for lane in runs
+    ]
 
-    best.method.install()
+    trainer.method.install()
     try:
+        trainer.keep(best)
         file = make_task_file(
-            best, splits, data_hash=hashes["train"],
+            trainer, best, splits, data_hash=hashes["train"],
             candidates=candidates if rates else None, train_score=train_score,
             held_out=data_config.dev_fraction if dataset.held_out else None,
             storage=storage, licence=licence, description=description,
         )  # fmt: skip
         if out is not None:
-            save_outcome(Path(out), best, file)
-            for checkpoint in checkpoints:
-                if checkpoint is not None:
-                    checkpoint.unlink(missing_ok=True)
+            save_outcome(Path(out), trainer, file)
+            if trainer.checkpoint is not None:
+                trainer.checkpoint.unlink(missing_ok=True)
     finally:
-        best.method.uninstall()
+        trainer.method.uninstall()
     return Outcome(
-        file=file, trainer=best, dataset=dataset, path=None if out is None else Path(out),
-        seconds=time.perf_counter() - began,
+        file=file, trainer=trainer, lane=best, dataset=dataset,
+        path=None if out is None else Path(out), seconds=time.perf_counter() - began,
     )  # fmt: skip
 
 
@@ -202,8 +209,8 @@ def _run(
         trainer.set_aside_checkpoint()
     if on_event is not None:
         on_event(RunStarted(
-            trainer.task, trainer.config, trainer.encoder, trainer.method.encoder_count,
-            trainer.method.head_count, trainer.train, trainer.dev, trainer.progress.step,
+            trainer.encoder, trainer.lanes, len(trainer.slots),
+            trainer.method.encoder_count(trainer.lanes[0].layout), trainer.steps,
             trainer.total_steps,
         ))  # fmt: skip
     for event in trainer.run():
@@ -222,30 +229,18 @@ def _run(
             )
 
 
-def _make_trainer(
-    encoder: Encoder,
-    task: Task,
-    config: TrainConfig,
-    splits: dict[str, Split],
-    hashes: dict[str, str],
-    checkpoint: Path | None,
-) -> Trainer:
-    head = make_head(task, encoder, config.pooling)
-    return Trainer(
-        encoder=encoder, task=task, head=head, method=make_method(encoder, head, config),
-        config=config, train=splits["train"], dev=splits.get("dev"), checkpoint=checkpoint,
-        identity={
-            "task": dataclasses.asdict(task),
-            "base": encoder.base.identity.sha256,
-            "tokenizer": encoder.base.tokenizer_sha256,
-            "train rows": hashes["train"],
-            "dev rows": hashes.get("dev"),
-            "dtype": next(name for name, value in DTYPES.items() if value == encoder.dtype),
-            "device": encoder.device.type,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
-    )  # fmt: skip
+def _conditions(encoder: Encoder, hashes: dict[str, str]) -> dict[str, Any]:
+    """What the numbers of a run depend on, beside its task and settings."""
+    return {
+        "base": encoder.base.identity.sha256,
+        "tokenizer": encoder.base.tokenizer_sha256,
+        "train rows": hashes["train"],
+        "dev rows": hashes.get("dev"),
+        "dtype": next(name for name, value in DTYPES.items() if value == encoder.dtype),
+        "device": encoder.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _featurize(encoder: Encoder, task: Task, examples: Sequence[Any], max_length: int) -> Split:

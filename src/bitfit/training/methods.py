@@ -1,14 +1,14 @@
 """What a method trains: a row of the bank and a head, or matrices of the plain model.
 
-``bitfit`` and ``frozen`` train one flat tensor ``(1, n + head)``: the row, then the head. ``full``
-and ``random`` are the paper's controls (Table 3); they change matrices, so they are no rows, but go
-through the same loop with fp32 weights.
+``bitfit`` and ``frozen`` train one flat tensor ``(K, n + h)``: a row and a head for each of K runs.
+``full`` and ``random`` are the paper's controls (Table 3); they change matrices, so they are no
+rows, but go through the same loop with fp32 weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -16,36 +16,102 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitfit.bank import Layout
-from bitfit.encoder import BankedLinear, Encoder
+from bitfit.encoder import Encoder
 from bitfit.errors import NoBiases, UsageError
 from bitfit.heads import Head
+from bitfit.leaves import BankedLinear
 from bitfit.terms import Site, choose_sites
-from bitfit.training.settings import Method, TrainConfig
+from bitfit.training.lane import Lane
+from bitfit.training.settings import Method as MethodName
+from bitfit.training.settings import TrainConfig
+
+Numbers = list[Tensor]
+"""What one run has trained, as a method reads and writes it."""
 
 
 class RowMethod:
-    """Train a row of the bank (none of it for ``frozen``) and the head, in one flat tensor."""
+    """Train rows of a bank and their heads: one tensor ``(K, n + h)``, a run in each row.
 
-    def __init__(self, encoder: Encoder, head: Head, layout: Layout, seed: int) -> None:
-        self.head, self.layout = head, layout
-        flat = torch.cat([torch.zeros(layout.n), head.init(seed, _init_std(encoder))])
-        self.flat = flat.to(encoder.device)[None].requires_grad_(True)  # (1, n + head)
+    K runs share every forward pass. Each has its own row, then its head (h is the largest's size;
+    what a smaller head leaves stays zero). A run that trains fewer biases than its neighbours has a
+    zero in their place, and its gradient there is put to zero.
+
+    Args:
+        encoder: the base.
+        layouts: what each run that will ever come trains; the row has the union.
+        heads: their heads.
+        slots: K.
+    """
+
+    def __init__(
+        self, encoder: Encoder, layouts: Sequence[Layout], heads: Sequence[Head], slots: int
+    ) -> None:
+        paths = {site.path for layout in layouts for site in layout.sites}
+        self.layout = Layout(tuple(s for s in encoder.sites if s.path in paths))
+        self.partial = any(layout.n < self.layout.n for layout in layouts)
+        self.head_size = max(head.size for head in heads)
+        self.std = _init_std(encoder)
+        shape = slots, self.layout.n + self.head_size
+        self.flat = torch.zeros(shape, device=encoder.device, requires_grad=True)
+        self.mask = torch.ones(shape, device=encoder.device) if self.partial else None
         self.tensors = [self.flat]
-        self.encoder_count, self.head_count = layout.n, head.size
 
-    def views(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the row by module path, ``(1, length)`` each, and the head's tensors by name."""
-        *parts, head = torch.split(self.flat, [*self.layout.lengths, self.head.size], dim=1)
+    @property
+    def slots(self) -> int:
+        """How many runs train side by side."""
+        return len(self.flat)
+
+    def encoder_count(self, layout: Layout) -> int:
+        """Return how many values of the encoder a run of ``layout`` trains."""
+        return layout.n
+
+    @torch.no_grad()
+    def begin(self, slot: int, layout: Layout, head: Head, seed: int) -> None:
+        """Give ``slot`` to a new run: a zero row (the base) and a fresh head."""
+        self.flat[slot] = 0
+        n = self.layout.n
+        self.flat[slot, n : n + head.size] = head.init(seed, self.std).to(self.flat.device)
+        if self.mask is not None:
+            self.mask[slot, :n] = layout.expand(self.mask.new_ones(layout.n), self.layout)
+
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """Make ``slot`` empty."""
+        self.flat[slot] = 0
+
+    def read(self, slot: int) -> Numbers:
+        """Return a copy of what the run in ``slot`` has trained."""
+        return [self.flat.detach()[slot].clone()]
+
+    @torch.no_grad()
+    def write(self, slot: int, numbers: Numbers) -> None:
+        """Put back what :meth:`read` gave."""
+        self.flat[slot].copy_(numbers[0])
+
+    def views(self) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+        """Return the rows by module path, ``(K, length)`` each, and each slot's head ``(h,)``."""
+        *parts, heads = torch.split(self.flat, [*self.layout.lengths, self.head_size], dim=1)
         shifts = {s.path: part for s, part in zip(self.layout.sites, parts, strict=True)}
-        return shifts, self.head.split(head[0])
+        return shifts, heads.unbind(0)
 
-    def trained(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the row ``(n,)`` and the head's tensors by name, without gradients."""
-        flat = self.flat.detach()[0]
-        return flat[: self.layout.n], self.head.split(flat[self.layout.n :])
+    def trained(self, slot: int, layout: Layout, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a run's row ``(n,)`` in its own layout and its head's tensors by name."""
+        flat, n = self.flat.detach()[slot], self.layout.n
+        row = layout.take(flat[:n], self.layout)
+        return row, head.split(flat[n : n + head.size])
 
     def after_backward(self) -> None:
-        """Nothing to mask: everything in the tensor is trained."""
+        """Put to zero the gradient of what a run does not train."""
+        if self.mask is not None and self.flat.grad is not None:
+            self.flat.grad.mul_(self.mask)
+
+    @torch.no_grad()
+    def clip(self, max_norms: Sequence[float]) -> None:
+        """Scale each run's gradient, row and head together, to its greatest norm; 0: leave it."""
+        if self.flat.grad is not None and any(max_norms):
+            limits = torch.tensor([m or torch.inf for m in max_norms], device=self.flat.device)
+            norms = torch.linalg.vector_norm(self.flat.grad, dim=1)
+            self.flat.grad.mul_((limits / (norms + 1e-6)).clamp(max=1.0)[:, None])
 
     def install(self) -> None:
         """Nothing to put in place: the encoder reads the row it is given."""
@@ -55,38 +121,60 @@ class RowMethod:
 
 
 class MatrixMethod:
-    """Train the model's own parameters, all of them or a random choice, and the head."""
+    """Train the model's own parameters, all of them or a random choice, and the head.
 
-    def __init__(
-        self, encoder: Encoder, head: Head, masks: Mapping[str, Tensor] | None, seed: int
-    ) -> None:
+    They are no rows, so there is one slot: runs come one after the other.
+    """
+
+    slots = 1
+
+    def __init__(self, encoder: Encoder, head: Head, masks: Mapping[str, Tensor] | None) -> None:
         if encoder.dtype != torch.float32:
             raise UsageError("methods full and random train fp32 weights: use --dtype fp32")
-        self.head, self.layout = head, Layout(())
+        self.layout, self.std = Layout(()), _init_std(encoder)
         self.parameters = encoder_parameters(encoder, head)
         if masks is not None:
             self.parameters = {k: p for k, p in self.parameters.items() if masks[k].any()}
         self.masks = masks
         self.original = {name: p.data for name, p in self.parameters.items()}
         self.values = {name: p.data.clone() for name, p in self.parameters.items()}
-        flat = head.init(seed, _init_std(encoder)).to(encoder.device)
-        self.flat = flat.requires_grad_(True)
-        self.tensors = [*self.parameters.values(), self.flat]
-        self.encoder_count = (
-            sum(p.numel() for p in self.parameters.values())
-            if masks is None
-            else sum(int(masks[k].sum()) for k in self.parameters)
-        )
-        self.head_count = head.size
+        self.flat = torch.zeros(head.size, device=encoder.device, requires_grad=True)
+        self.tensors: list[Tensor] = [*self.parameters.values(), self.flat]
 
-    def views(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return no row (the matrices themselves change) and the head's tensors by name."""
-        return {}, self.head.split(self.flat)
+    def encoder_count(self, layout: Layout) -> int:
+        """Return how many values of the encoder a run trains."""
+        if self.masks is None:
+            return sum(p.numel() for p in self.parameters.values())
+        return sum(int(self.masks[name].sum()) for name in self.parameters)
 
-    def trained(self) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def begin(self, slot: int, layout: Layout, head: Head, seed: int) -> None:
+        """Start a run from the base's own values and a fresh head."""
+        for name, value in self.values.items():
+            value.copy_(self.original[name])
+        self.flat.copy_(head.init(seed, self.std))
+
+    def clear(self, slot: int) -> None:
+        """Nothing: the next run begins anew."""
+
+    def read(self, slot: int) -> Numbers:
+        """Return a copy of what the run has trained."""
+        return [t.detach().clone() for t in (*self.values.values(), self.flat)]
+
+    @torch.no_grad()
+    def write(self, slot: int, numbers: Numbers) -> None:
+        """Put back what :meth:`read` gave."""
+        for value, number in zip((*self.values.values(), self.flat), numbers, strict=True):
+            value.copy_(number)
+
+    def views(self) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+        """Return no row (the matrices themselves change) and the head ``(h,)``."""
+        return {}, (self.flat,)
+
+    def trained(self, slot: int, layout: Layout, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
         """Return an empty row and the head's tensors by name, without gradients."""
         flat = self.flat.detach()
-        return flat.new_empty(0), self.head.split(flat)
+        return flat.new_empty(0), head.split(flat)
 
     def after_backward(self) -> None:
         """Zero the gradient of what was not chosen, so that it neither moves nor is clipped by."""
@@ -94,6 +182,16 @@ class MatrixMethod:
             for name, parameter in self.parameters.items():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.masks[name])
+
+    @torch.no_grad()
+    def clip(self, max_norms: Sequence[float]) -> None:
+        """Scale all gradients so that their common norm is at most ``max_norms[0]``; 0: leave."""
+        grads = [t.grad for t in self.tensors if t.grad is not None]
+        if max_norms[0] > 0 and grads:
+            norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))
+            scale = (max_norms[0] / (norm + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                grad.mul_(scale)
 
     def install(self) -> None:
         """Let the encoder compute with this run's own copy of the parameters."""
@@ -109,6 +207,9 @@ class MatrixMethod:
             parameter.requires_grad_(False)
 
 
+Method: TypeAlias = RowMethod | MatrixMethod
+
+
 def encoder_parameters(encoder: Encoder, head: Head) -> dict[str, nn.Parameter]:
     """Return every parameter of the encoder and, where the head uses it, of the pooler."""
     named = dict(encoder.model.named_parameters())
@@ -117,28 +218,51 @@ def encoder_parameters(encoder: Encoder, head: Head) -> dict[str, nn.Parameter]:
     return named
 
 
-def make_method(encoder: Encoder, head: Head, config: TrainConfig) -> RowMethod | MatrixMethod:
-    """Return what ``config.method`` trains on ``encoder``.
+def choose_layout(encoder: Encoder, head: Head, config: TrainConfig) -> Layout:
+    """Return the biases that a run of ``config`` trains; empty for all methods but ``bitfit``.
 
     Raises:
         NoBiases: bias tuning of a base without biases.
         UnknownTerm: terms that this base does not have.
-        UsageError: an unknown method.
+        UsageError: terms that name a pooler which this head does not read.
     """
-    if config.method in ("bitfit", "frozen"):
-        terms = config.terms if config.method == "bitfit" else "none"
-        inert = () if config.recipe == "paper" else encoder.inert_terms
-        sites = choose_sites(encoder.sites, terms, inert=inert)
-        if head.pooling != "pooler":
-            sites = _without_pooler(sites, terms, head)
-        if config.method == "bitfit" and not sites:
-            raise NoBiases("no bias is selected: use --method frozen to train the head alone")
-        return RowMethod(encoder, head, Layout(sites), config.seed)
+    if config.method != "bitfit":
+        return Layout(())
+    inert = () if config.recipe == "paper" else encoder.inert_terms
+    sites = choose_sites(encoder.sites, config.terms, inert=inert)
+    if head.pooling != "pooler":
+        sites = _without_pooler(sites, config.terms, head)
+    if not sites:
+        raise NoBiases("no bias is selected: use --method frozen to train the head alone")
+    return Layout(sites)
+
+
+def make_method(encoder: Encoder, lanes: Sequence[Lane], slots: int = 1) -> Method:
+    """Return what trains ``lanes`` on ``encoder``, ``slots`` of them side by side.
+
+    Raises:
+        UsageError: an unknown method, several methods, or runs that cannot be side by side.
+    """
+    config, head = lanes[0].config, lanes[0].head
+    if all(lane.config.method in ("bitfit", "frozen") for lane in lanes):
+        if slots > 1 and not (encoder.packed and encoder.mixes):
+            raise UsageError(
+                f"base {encoder.base.name!r} does not run packed, so its runs cannot share a "
+                "forward pass: train them one after the other (--lanes 1)"
+            )
+        return RowMethod(
+            encoder, [lane.layout for lane in lanes], [lane.head for lane in lanes], slots
+        )
+    same = ("method", "terms", "seed", "pooling")
+    if any(getattr(lane.config, f) != getattr(config, f) for lane in lanes for f in same):
+        raise UsageError(f"runs of method {config.method!r} share {', '.join(same)}, or come alone")
+    if slots > 1:
+        raise UsageError(f"method {config.method!r} changes matrices: one run at a time")
     if config.method == "full":
-        return MatrixMethod(encoder, head, None, config.seed)
-    if config.method not in get_args(Method):
-        raise UsageError(f"unknown method {config.method!r}: {', '.join(get_args(Method))}")
-    return MatrixMethod(encoder, head, random_masks(encoder, head, config), config.seed)
+        return MatrixMethod(encoder, head, None)
+    if config.method not in get_args(MethodName):
+        raise UsageError(f"unknown method {config.method!r}: {', '.join(get_args(MethodName))}")
+    return MatrixMethod(encoder, head, random_masks(encoder, head, config))
 
 
 def _without_pooler(sites: tuple[Site, ...], terms: str, head: Head) -> tuple[Site, ...]:

@@ -30,8 +30,9 @@ from bitfit.model import probe_examples
 from bitfit.storage import atomic_write, pack_safetensors
 from bitfit.taskfile import StorageType, TaskFile
 from bitfit.tasks import Task, references
+from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import RowMethod
-from bitfit.training.train import Split, Trainer
+from bitfit.training.train import Trainer
 
 # With fewer, one wrong answer moves the calibration error by more than what is to be measured.
 MIN_CALIBRATION_ROWS = 50
@@ -51,6 +52,8 @@ class Outcome:
     file: TaskFile
     """The task, in memory (for ``full`` and ``random`` without the matrices)."""
     trainer: Trainer
+    lane: Lane
+    """The run that was kept, of those that the trainer had."""
     dataset: Dataset
     path: Path | None
     """Where it was saved."""
@@ -64,9 +67,9 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """Return the run as one object; scores are fractions."""
-        trainer, file = self.trainer, self.file
-        seconds = max(trainer.seconds, 1e-9)
-        answers = references(trainer.dev.examples) if trainer.dev is not None else None
+        trainer, lane, file = self.trainer, self.lane, self.file
+        seconds = max(lane.progress.seconds, 1e-9)
+        answers = references(lane.dev.examples) if lane.dev is not None else None
         return {
             "task": file.task.name,
             "metric": file.task.metric,
@@ -77,18 +80,18 @@ class Outcome:
                 if answers is None
                 else {k: _number(v) for k, v in majority_score(file.task, answers).items()}
             ),
-            "method": trainer.config.method,
-            "terms": trainer.config.terms,
-            "seed": trainer.config.seed,
-            "learning_rate": trainer.config.learning_rate,
-            "recipe": trainer.config.recipe,
-            "epochs": len(trainer.progress.history),
-            "kept_epoch": trainer.kept_epoch,
-            "best_epoch": trainer.progress.best_epoch,
-            "best_score": _number(trainer.progress.best_score),
+            "method": lane.config.method,
+            "terms": lane.config.terms,
+            "seed": lane.config.seed,
+            "learning_rate": lane.config.learning_rate,
+            "recipe": lane.config.recipe,
+            "epochs": len(lane.progress.history),
+            "kept_epoch": lane.kept_epoch,
+            "best_epoch": lane.progress.best_epoch,
+            "best_score": _number(lane.progress.best_score),
             "history": [
                 epoch | {"dev": {k: _number(v) for k, v in epoch["dev"].items()}}
-                for epoch in trainer.progress.history
+                for epoch in lane.progress.history
             ],
             "base": file.base.name,
             "rows": {k: len(v) for k, v in self.dataset.splits.items()},
@@ -98,17 +101,18 @@ class Outcome:
             "dtype": str(trainer.encoder.dtype).removeprefix("torch."),
             "device": trainer.encoder.device.type,
             "threads": torch.get_num_threads(),
+            "lanes": len(trainer.slots),
             "packed": trainer.encoder.packed,
             "temperature": file.temperature,
             "calibration": file.calibration,
             "seconds": self.seconds,
-            "train_seconds": trainer.seconds,
-            "examples_per_second": trainer.sequences / seconds,
-            "tokens_per_second": trainer.tokens / seconds,
+            "train_seconds": lane.progress.seconds,
+            "examples_per_second": lane.progress.sequences / seconds,
+            "tokens_per_second": lane.progress.tokens / seconds,
             "peak_memory_bytes": peak_memory(trainer.encoder.device),
             "trainable": {
-                "encoder": trainer.method.encoder_count,
-                "head": trainer.method.head_count,
+                "encoder": trainer.method.encoder_count(lane.layout),
+                "head": lane.head.size,
             },
             "file": None if self.path is None else str(self.path),
             "file_bytes": None if self.path is None else _size(self.path),
@@ -117,6 +121,7 @@ class Outcome:
 
 def make_task_file(
     trainer: Trainer,
+    lane: Lane,
     splits: Mapping[str, Split],
     *,
     data_hash: str,
@@ -128,55 +133,56 @@ def make_task_file(
     description: str | None,
 ) -> TaskFile:
     """Return the task file of a finished run: the kept epoch, scored, calibrated and probed."""
-    kept, base = trainer.keep(), trainer.encoder.base
+    base = trainer.encoder.base
     scores: dict[str, float] = {}
     temperature, calibration = None, None
-    if trainer.dev is not None:
-        scores, logits = trainer.evaluate(trainer.dev)
-        temperature, calibration = calibrate(trainer.task, trainer.dev, logits)
+    if lane.dev is not None:
+        scores, logits = trainer.evaluate(lane, lane.dev)
+        temperature, calibration = calibrate(lane.task, lane.dev, logits)
     if "dev_mismatched" in splits:
-        more, _ = trainer.evaluate(splits["dev_mismatched"])
+        more, _ = trainer.evaluate(lane, splits["dev_mismatched"])
         scores |= {f"{key}_mismatched": value for key, value in more.items()}
     if train_score:
-        more, _ = trainer.evaluate(splits["train"])
+        more, _ = trainer.evaluate(lane, splits["train"])
         scores |= {f"train_{key}": value for key, value in more.items()}
-    row, weights = trainer.method.trained()
-    recipe: dict[str, Any] = trainer.config.to_json() | {
-        "epochs_run": len(trainer.progress.history),
-        "kept_epoch": kept,
-        "best_epoch": trainer.progress.best_epoch,
-        "best_dev_score": _number(trainer.progress.best_score),
-        "stopped_early": trainer.progress.stopped,
+    row, weights = trainer.method.trained(0, lane.layout, lane.head)
+    recipe: dict[str, Any] = lane.config.to_json() | {
+        "epochs_run": len(lane.progress.history),
+        "kept_epoch": lane.kept_epoch,
+        "best_epoch": lane.progress.best_epoch,
+        "best_dev_score": _number(lane.progress.best_score),
+        "stopped_early": lane.progress.stopped,
         "dtype": str(trainer.encoder.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "train_rows": len(trainer.train.examples),
-        "dev_rows": 0 if trainer.dev is None else len(trainer.dev.examples),
+        "lanes": len(trainer.slots),
+        "train_rows": len(lane.train.examples),
+        "dev_rows": 0 if lane.dev is None else len(lane.dev.examples),
     }
     if held_out is not None:
         recipe["dev_fraction"] = held_out
     if candidates is not None:
         recipe["rates_tried"] = [c | {"score": _number(c["score"])} for c in candidates]
     return TaskFile(
-        task=trainer.task,
+        task=lane.task,
         bias=row.cpu().clone(),
-        layout=trainer.method.layout.to_json(),
+        layout=lane.layout.to_json(),
         head={name: tensor.cpu().clone() for name, tensor in weights.items()},
-        head_style=trainer.head.style,
-        pooling=trainer.head.pooling,
-        max_length=trainer.config.max_length,
+        head_style=lane.head.style,
+        pooling=lane.head.pooling,
+        max_length=lane.config.max_length,
         base=base.identity,
         tokenizer=base.tokenizer_sha256,
-        method="frozen" if trainer.config.method == "frozen" else "bitfit",
-        terms=trainer.config.terms,
+        method="frozen" if lane.config.method == "frozen" else "bitfit",
+        terms=lane.config.terms,
         recipe=recipe,
         scores=scores,
         temperature=temperature,
         calibration=calibration,
-        truncated_share=trainer.train.features.truncated_share,
+        truncated_share=lane.train.features.truncated_share,
         data_hash=data_hash,
         licence=licence,
         description=description,
-        probes=_probes(trainer),
+        probes=_probes(trainer, lane),
         dtype=storage,
     )
 
@@ -201,15 +207,15 @@ def calibrate(
     return temperature, {"ece_before": before, "ece_after": after}
 
 
-def _probes(trainer: Trainer) -> list[dict[str, Any]]:
-    asked = [{"text": a, "text_pair": b if trainer.task.is_pair else None} for a, b in _PROBE_TEXTS]
-    examples = probe_examples(trainer.task, asked)
-    row, weights = trainer.method.trained()
+def _probes(trainer: Trainer, lane: Lane) -> list[dict[str, Any]]:
+    asked = [{"text": a, "text_pair": b if lane.task.is_pair else None} for a, b in _PROBE_TEXTS]
+    examples = probe_examples(lane.task, asked)
+    row, weights = trainer.method.trained(0, lane.layout, lane.head)
     features = make_features(
-        trainer.encoder.base.tokenizer, trainer.task, examples, trainer.config.max_length
+        trainer.encoder.base.tokenizer, lane.task, examples, lane.config.max_length
     )
-    heads = {0: TaskHead(trainer.head, weights)}
-    layout = trainer.method.layout
+    heads = {0: TaskHead(lane.head, weights)}
+    layout = lane.layout
     logits = compute_logits(trainer.encoder, features.items, row[None], layout, heads)
     return [
         probe | {"logits": values.tolist()} for probe, values in zip(asked, logits, strict=True)

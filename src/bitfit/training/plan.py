@@ -12,7 +12,6 @@ from bitfit.encoder import DTYPES, Encoder
 from bitfit.errors import UsageError
 from bitfit.taskfile import StorageType
 from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
-from bitfit.training.train import recorded_conditions
 
 
 def plan_run(
@@ -104,17 +103,12 @@ def check_dtype(encoder: Encoder, dtype: str) -> None:
         )
 
 
-def resume_conditions(out: str | Path | None, rates: tuple[float, ...] | None) -> dict[str, Any]:
-    """Return the precision and threads of the checkpoint that is resumed; empty without one.
-
-    A resumed run ends in the same bytes only under the same conditions, so they are repeated.
-    """
-    return recorded_conditions(checkpoint_path(out, rates[0] if rates else None))
+def check_lanes(lanes: int | str) -> None:
+    """Refuse a number of lanes that cannot be meant."""
+    if lanes != "auto" and not (isinstance(lanes, int) and 1 <= lanes <= 1024):
+        raise UsageError(f"lanes is {lanes!r}; expected 'auto' or 1 to 1024")
 
 
-def checkpoint_path(out: str | Path | None, rate: float | None) -> Path | None:
-    """Return where a run that writes ``out`` keeps its state; a search has one per rate."""
-    if out is None:
-        return None
-    suffix = ".checkpoint" if rate is None else f".lr-{rate:g}.checkpoint"
-    return Path(f"{out}{suffix}")
+def checkpoint_path(out: str | Path | None) -> Path | None:
+    """Return where the runs that end in ``out`` keep their state."""
+    return None if out is None else Path(f"{out}.checkpoint")

@@ -1,8 +1,11 @@
 """The training loop: one for all methods, a generator of what happened, resumable at any step.
 
-What a step does depends on (seed, step) and the tensors before it only: the order of the data is
-drawn from (seed, epoch), dropout from (seed, step). So a run that was stopped and resumed ends in
-the same numbers, bit for bit, as one that was not (same machine, versions and thread count).
+It trains a queue of runs, the *lanes*, K of them side by side: one forward pass over the batches of
+all, each with its own row, head, rate, schedule, clipping, dropout and best epoch. A lane that ends
+makes room for the next in the queue, at step counts and never by the clock. One run is K = 1.
+
+So a run that was stopped and resumed ends in the same numbers, bit for bit, as one that was not
+(same machine, versions, thread count and K).
 """
 
 from __future__ import annotations
@@ -11,56 +14,60 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bitfit.batches import Features, pack
-from bitfit.encoder import DropoutBits, Encoder
-from bitfit.errors import BitfitError, TrainingDiverged, UsageError
-from bitfit.heads import Head, batch_loss, head_logits, read_predictions
+from bitfit.batches import Batch, pack
+from bitfit.dropout import DropoutBits, StepDropout
+from bitfit.encoder import Encoder
+from bitfit.errors import BitfitError, TrainingDiverged
+from bitfit.heads import batch_loss, head_logits, read_predictions
 from bitfit.inference import Logits, TaskHead, compute_logits, head_inputs
 from bitfit.metrics import compute_metrics
 from bitfit.storage import atomic_write, pack_safetensors, unpack_safetensors
-from bitfit.tasks import Example, Task, references
-from bitfit.training.methods import MatrixMethod, RowMethod
+from bitfit.tasks import Task, references
+from bitfit.training.lane import Lane, Progress, Split
+from bitfit.training.methods import Method
 from bitfit.training.settings import TrainConfig
 
 BETAS = (0.9, 0.999)
 CHECKPOINT_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Split:
-    """Examples with their features."""
-
-    examples: Sequence[Example]
-    features: Features
+# On a GPU reading the losses waits for it, so divergence is looked for once in so many steps.
+LOSS_CHECK_STEPS = 50
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step was taken."""
+    """One optimizer step was taken, in every lane that is running."""
 
     step: int
+    """Steps taken so far, summed over all lanes."""
     total: int
-    loss: Tensor
-    """0-d and still on the device: reading it waits for the device."""
+    """Steps of all lanes together; fewer are taken where a lane stops early."""
+    losses: Sequence[tuple[Lane, Tensor]]
+    """Each running lane with its loss, 0-d and still on the device: reading it waits for it."""
     sequences: int
     tokens: int
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of the running lanes."""
+        return torch.stack([loss for _, loss in self.losses]).mean()
 
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch ended and was evaluated on dev."""
+    """An epoch of a lane ended and was evaluated on dev."""
 
+    lane: Lane
     epoch: int
     """From 1."""
     step: int
+    """Of this lane."""
     train_loss: float
     scores: dict[str, float]
     """On dev; empty without a dev set."""
@@ -69,17 +76,12 @@ class EpochDone:
     """Whether early stopping ends the run here."""
 
 
-@dataclass
-class Progress:
-    """Where a run stands: all that a checkpoint holds beside tensors."""
+@dataclass(frozen=True)
+class LaneDropped:
+    """A lane was given up; its neighbours go on."""
 
-    step: int = 0
-    best_epoch: int = 0
-    best_score: float = -math.inf
-    stopped: bool = False
-    loss_sum: float = 0.0
-    """Sum of the losses of this epoch's steps so far."""
-    history: list[dict[str, Any]] = field(default_factory=list)
+    lane: Lane
+    reason: str
 
 
 class AdamW:
@@ -89,23 +91,42 @@ class AdamW:
     first steps, and Adam then turns rounding noise in b_k into movement (Kingma & Ba 2015).
     """
 
-    def __init__(self, tensors: Sequence[Tensor], eps: float) -> None:
-        self.tensors, self.eps = tensors, eps
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
         self.means = [torch.zeros_like(t) for t in tensors]
         self.squares = [torch.zeros_like(t) for t in tensors]
 
     @torch.no_grad()
-    def step(self, learning_rate: float, step: int) -> None:
-        """Take step number ``step`` (from 1) along the gradients, and clear them."""
+    def step(self, sizes: Sequence[float], epsilons: Sequence[float]) -> None:
+        """Move along the gradients and clear them.
+
+        Args:
+            sizes: of each run from :func:`step_size`; one, or as many as the tensors have rows.
+            epsilons: of each run.
+        """
         beta1, beta2 = BETAS
-        size = learning_rate * math.sqrt(1 - beta2**step) / (1 - beta1**step)
         for tensor, mean, square in zip(self.tensors, self.means, self.squares, strict=True):
             if tensor.grad is None:
                 continue
             mean.mul_(beta1).add_(tensor.grad, alpha=1 - beta1)
             square.mul_(beta2).addcmul_(tensor.grad, tensor.grad, value=1 - beta2)
-            tensor.addcdiv_(mean, square.sqrt().add_(self.eps), value=-size)
+            if len(sizes) == 1:
+                tensor.addcdiv_(mean, square.sqrt().add_(epsilons[0]), value=-sizes[0])
+            else:
+                column = torch.tensor([[*sizes], [*epsilons]], device=tensor.device)[..., None]
+                tensor.sub_(mean.div(square.sqrt().add_(column[1])).mul_(column[0]))
             tensor.grad = None
+
+    def reset(self, slot: int, slots: int) -> None:
+        """Forget the moments of the run in ``slot`` of ``slots``."""
+        for moment in (*self.means, *self.squares):
+            (moment if slots == 1 else moment[slot]).zero_()
+
+
+def step_size(learning_rate: float, step: int) -> float:
+    """Return the factor of AdamW's step number ``step`` (from 1), bias correction included."""
+    beta1, beta2 = BETAS
+    return learning_rate * math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
 def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
@@ -121,196 +142,218 @@ def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
     return config.learning_rate
 
 
-def clip_gradients(tensors: Sequence[Tensor], max_norm: float) -> None:
-    """Scale all gradients so that their common norm is at most ``max_norm``; 0 leaves them."""
-    grads = [t.grad for t in tensors if t.grad is not None]
-    if max_norm > 0 and grads:
-        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale)
-
-
 class Trainer:
-    """One run: what is trained, the optimizer's state, and where it stands.
+    """Runs, what trains them, the optimizer's state, and where they stand.
 
     Args:
         encoder: the base.
-        task: what is learned.
-        head: its head.
-        method: what is trained.
-        config: how.
-        train: training rows.
-        dev: rows to choose the epoch on; None: the last epoch is kept.
+        method: what is trained; its ``slots`` say how many lanes run side by side.
+        lanes: the queue.
         checkpoint: where the state is saved, every half minute and at each epoch; None: nowhere.
-        identity: what else the run depends on; a checkpoint of another run is refused.
+        identity: what else the runs depend on; a checkpoint of others is refused.
     """
 
     def __init__(
         self,
         *,
         encoder: Encoder,
-        task: Task,
-        head: Head,
-        method: RowMethod | MatrixMethod,
-        config: TrainConfig,
-        train: Split,
-        dev: Split | None,
+        method: Method,
+        lanes: Sequence[Lane],
         checkpoint: Path | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
-        self.encoder, self.task, self.head, self.method = encoder, task, head, method
-        self.config, self.train, self.dev = config, train, dev
+        self.encoder, self.method, self.lanes = encoder, method, list(lanes)
         self.checkpoint = checkpoint
+        whole = {**_common([lane.identity for lane in lanes]), **(identity or {})}
         # Through JSON, so that it compares equal to what a checkpoint gives back.
-        self.identity = json.loads(json.dumps({**config.to_json(), **(identity or {})}))
-        self.optimizer = AdamW(method.tensors, config.adam_eps)
-        self.progress = Progress()
-        self.best = [t.detach().clone() for t in method.tensors]
-        self.steps_per_epoch = math.ceil(len(train.features.items) / config.batch_size)
-        self.total_steps = self.steps_per_epoch * config.epochs
-        self.class_weights = self._class_weights()
-        self.kept_epoch = 0
-        self.seconds, self.sequences, self.tokens = 0.0, 0, 0
+        self.identity = json.loads(json.dumps(whole | {"lanes": method.slots}))
+        self.optimizer = AdamW(method.tensors)
+        self.slots: list[int | None] = [None] * method.slots
+        """The lane (its place in the queue) of each slot."""
+        self.next_lane = 0
         self._saved_at = time.monotonic()
-        self._order: tuple[int, list[int]] = (-1, [])
-        self._epoch_loss = torch.zeros((), device=encoder.device)
 
-    def run(self) -> Iterator[StepDone | EpochDone]:
-        """Train from where the run stands, yielding each step and each epoch.
+    @property
+    def total_steps(self) -> int:
+        """Steps of all lanes, if none stops early."""
+        return sum(lane.total_steps for lane in self.lanes)
 
-        A consumer that stops iterating leaves the run resumable: call :meth:`save` then.
+    @property
+    def steps(self) -> int:
+        """Steps taken so far, summed over the lanes."""
+        return sum(lane.progress.step for lane in self.lanes)
+
+    def run(self) -> Iterator[StepDone | EpochDone | LaneDropped]:
+        """Train from where the runs stand, yielding each step and each epoch.
+
+        A consumer that stops iterating leaves the runs resumable: call :meth:`save` then.
 
         Raises:
-            TrainingDiverged: the loss became NaN or infinite.
+            TrainingDiverged: the loss of the only run, or of every one, became NaN or infinite.
         """
-        while not self.progress.stopped:
-            if self._epoch_is_due():
-                epoch = self._end_epoch()
-                self.save()
-                yield epoch
-            elif self.progress.step < self.total_steps:
-                began = time.perf_counter()
-                done = self._step()
-                self.seconds += time.perf_counter() - began
-                self.sequences += done.sequences
-                self.tokens += done.tokens
-                if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
-                    self.save()
-                yield done
-            else:
+        while True:
+            self._refill()
+            running = self._running()
+            if not running:
                 return
+            if due := [(slot, lane) for slot, lane in running if lane.epoch_is_due]:
+                yield self._end_epoch(*due[0])
+                continue
+            done = self._step(running)
+            yield from self._drop_diverged(running, done)
+            if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+                self.save()
+            yield done
 
-    def _epoch_is_due(self) -> bool:
-        """Whether an epoch's steps are done and its evaluation is not (a run may stop between)."""
-        epochs, rest = divmod(self.progress.step, self.steps_per_epoch)
-        return rest == 0 and epochs > len(self.progress.history)
+    def steps_only(self) -> Iterator[StepDone]:
+        """Take steps for ever, without evaluating or saving anything: to measure their speed."""
+        self._refill()
+        while True:
+            yield self._step(self._running())
 
-    def _step(self) -> StepDone:
-        step, config = self.progress.step + 1, self.config
-        batch = pack([self.train.features.items[i] for i in self._chosen(step)])
-        batch = batch.to(self.encoder.device)
-        bits = DropoutBits(config.seed, step, self.encoder.device)
-        shifts, weights = self.method.views()
-        hidden = self.encoder.encode(batch, shifts, None, bits)
-        vectors, _ = head_inputs(self.encoder, self.head, hidden, batch, shifts)
-        logits = head_logits(self.head, weights, vectors, bits)
-        loss = batch_loss(self.head, logits, batch, self.class_weights)
-        loss.backward()
+    def _running(self) -> list[tuple[int, Lane]]:
+        return [(s, self.lanes[i]) for s, i in enumerate(self.slots) if i is not None]
+
+    def _refill(self) -> None:
+        """Give free slots to the next lanes of the queue, in its order."""
+        for slot, place in enumerate(self.slots):
+            if place is None and self.next_lane < len(self.lanes):
+                lane = self.lanes[self.next_lane]
+                self.method.begin(slot, lane.layout, lane.head, lane.config.seed)
+                self.optimizer.reset(slot, len(self.slots))
+                lane.best = self.method.read(slot)
+                self.slots[slot] = self.next_lane
+                self.next_lane += 1
+
+    def _step(self, running: Sequence[tuple[int, Lane]]) -> StepDone:
+        """Take one step in every running lane."""
+        began = time.perf_counter()
+        batches = [lane.next_batch() for _, lane in running]
+        bits = [
+            DropoutBits(lane.config.seed, lane.progress.step + 1, self.encoder.device)
+            for _, lane in running
+        ]
+        losses = self._losses(running, batches, bits)
+        torch.stack(losses).sum().backward()
         self.method.after_backward()
-        clip_gradients(self.method.tensors, config.max_grad_norm)
-        self.optimizer.step(learning_rate_at(config, step, self.total_steps), step)
-        self.progress.step = step
-        loss = loss.detach()
-        # Reading the loss waits for a GPU; on the CPU it is free and divergence shows at once.
-        if self.encoder.device.type == "cpu" or step % 50 == 0:
-            self._check_finite(float(loss), step)
-        self._epoch_loss = loss if self._begins_epoch(step) else self._epoch_loss + loss
-        return StepDone(step, self.total_steps, loss, len(batch.lengths), len(batch.input_ids))
+        norms, sizes, epsilons = ([0.0] * len(self.slots) for _ in range(3))
+        for slot, lane in running:
+            step = lane.progress.step + 1
+            rate = learning_rate_at(lane.config, step, lane.total_steps)
+            norms[slot], sizes[slot] = lane.config.max_grad_norm, step_size(rate, step)
+        for slot in range(len(self.slots)):
+            place = self.slots[slot]
+            epsilons[slot] = 1.0 if place is None else self.lanes[place].config.adam_eps
+        self.method.clip(norms)
+        self.optimizer.step(sizes, epsilons)
+        seconds, tokens = time.perf_counter() - began, sum(len(b.input_ids) for b in batches)
+        losses = [loss.detach() for loss in losses]
+        for (_, lane), loss, batch in zip(running, losses, batches, strict=True):
+            lane.step_taken(loss, batch, seconds * len(batch.input_ids) / tokens)
+        return StepDone(
+            self.steps, self.total_steps,
+            [(lane, loss) for (_, lane), loss in zip(running, losses, strict=True)],
+            sum(len(b.lengths) for b in batches), tokens,
+        )  # fmt: skip
 
-    def _begins_epoch(self, step: int) -> bool:
-        return (step - 1) % self.steps_per_epoch == 0
+    def _losses(
+        self,
+        running: Sequence[tuple[int, Lane]],
+        batches: Sequence[Batch],
+        bits: Sequence[DropoutBits],
+    ) -> list[Tensor]:
+        """One forward pass over the batches end to end, then each lane's own head and loss."""
+        shifts, heads = self.method.views()
+        batch, index = batches[0], None
+        if len(self.slots) > 1:
+            batch = pack([f for own in batches for f in own.features]).to(self.encoder.device)
+            slots = torch.tensor([slot for slot, _ in running])
+            counts = torch.tensor([len(own.features) for own in batches])
+            index = slots.repeat_interleave(counts).to(self.encoder.device)
+        dropout = StepDropout(list(zip(bits, batches, strict=True)))
+        hidden = self.encoder.encode(batch, shifts, index, dropout)
+        losses, begin = [], 0
+        for (slot, lane), own, draws in zip(running, batches, bits, strict=True):
+            end = begin + len(own.input_ids)
+            pooler = {k: v[slot : slot + 1] for k, v in shifts.items() if k.startswith("pooler")}
+            vectors, _ = head_inputs(self.encoder, lane.head, hidden[begin:end], own, pooler)
+            weights = lane.head.split(heads[slot][: lane.head.size])
+            logits = head_logits(lane.head, weights, vectors, draws)
+            losses.append(batch_loss(lane.head, logits, own, lane.class_weights))
+            begin = end
+        return losses
 
-    def _chosen(self, step: int) -> list[int]:
-        """The features of a step: a slice of the epoch's order, drawn from (seed, epoch)."""
-        epoch, place = divmod(step - 1, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            count = len(self.train.features.items)
-            order = np.random.default_rng((self.config.seed, epoch)).permutation(count)
-            self._order = epoch, order.tolist()
-        size = self.config.batch_size
-        return self._order[1][place * size : (place + 1) * size]
+    def _drop_diverged(
+        self, running: Sequence[tuple[int, Lane]], done: StepDone
+    ) -> Iterator[LaneDropped]:
+        """Give up the lanes whose loss is no number any more; the others never saw it."""
+        if self.encoder.device.type != "cpu" and running[0][1].progress.step % LOSS_CHECK_STEPS:
+            return
+        values = torch.stack([loss for _, loss in done.losses]).tolist()
+        for (slot, lane), value in zip(running, values, strict=True):
+            if not math.isfinite(value):
+                yield self._drop(slot, lane, value)
 
-    def _check_finite(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss became {loss} at step {step} of {self.total_steps} with learning rate "
-                f"{self.config.learning_rate:g}: try a smaller one"
-            )
-
-    def _end_epoch(self) -> EpochDone:
-        progress, epoch = self.progress, self.progress.step // self.steps_per_epoch
-        train_loss = float(self._epoch_loss) / self.steps_per_epoch
-        self._check_finite(train_loss, progress.step)
-        scores = self.evaluate(self.dev)[0] if self.dev is not None else {}
-        score = scores.get(self.task.metric, math.nan)
-        # An undefined score (a constant prediction has no correlation) is worse than any other.
-        score = -math.inf if math.isnan(score) else score
-        # Of equal scores the later epoch: on a small dev set it has the lower loss by far.
-        is_best = progress.best_epoch == 0 or score >= progress.best_score
-        if is_best or self.dev is None:
-            progress.best_epoch, progress.best_score = epoch, score
-            self.best = [t.detach().clone() for t in self.method.tensors]
-        patience = self.config.patience
-        waited = epoch - progress.best_epoch
-        progress.stopped = self.dev is not None and 0 < patience <= waited
-        progress.history.append({"epoch": epoch, "train_loss": train_loss, "dev": scores})
-        return EpochDone(epoch, progress.step, train_loss, scores, is_best, progress.stopped)
-
-    def evaluate(self, split: Split) -> tuple[dict[str, float], list[Logits]]:
-        """Return the scores and the logits of a split, at evaluation mode."""
-        row, weights = self.method.trained()
-        logits = compute_logits(
-            self.encoder,
-            split.features.items,
-            row[None],
-            self.method.layout,
-            {0: TaskHead(self.head, weights)},
+    def _drop(self, slot: int, lane: Lane, loss: float) -> LaneDropped:
+        lane.progress.dropped = (
+            f"the loss became {loss} at step {lane.progress.step} of {lane.total_steps} with "
+            f"learning rate {lane.config.learning_rate:g}: try a smaller one"
         )
-        return score_logits(self.task, split, logits), logits
+        self._free(slot)
+        if all(other.progress.dropped for other in self.lanes):
+            raise TrainingDiverged(lane.progress.dropped)
+        return LaneDropped(lane, lane.progress.dropped)
 
-    def keep(self) -> int:
-        """Put the kept epoch's numbers in place and return that epoch (from 1)."""
-        self.kept_epoch = self.progress.step // self.steps_per_epoch
-        if self.config.keep == "best" and self.dev is not None:
-            self.kept_epoch = self.progress.best_epoch
-            with torch.no_grad():
-                for tensor, best in zip(self.method.tensors, self.best, strict=True):
-                    tensor.copy_(best)
-        return self.kept_epoch
+    def _free(self, slot: int) -> None:
+        self.slots[slot] = None
+        self.method.clear(slot)
+        self.optimizer.reset(slot, len(self.slots))
 
-    def _class_weights(self) -> Tensor | None:
-        if self.config.class_weights is None:
-            return None
-        if self.head.kind not in ("classification", "tokens"):
-            raise UsageError(
-                f"class_weights {self.config.class_weights!r} is for classification and tokens, "
-                f"task {self.task.name!r} is {self.head.kind}: leave it out"
-            )
-        labels = np.concatenate([np.ravel(f.label) for f in self.train.features.items])
-        counts = np.bincount(labels.astype(np.int64), minlength=self.head.num_outputs)
-        weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
-        return torch.tensor(weights, dtype=torch.float32, device=self.encoder.device)
+    def _end_epoch(self, slot: int, lane: Lane) -> EpochDone | LaneDropped:
+        train_loss = lane.epoch_loss
+        if not math.isfinite(train_loss):
+            return self._drop(slot, lane, train_loss)
+        scores = self.evaluate(lane, lane.dev, slot)[0] if lane.dev is not None else {}
+        is_best = lane.epoch_ended(scores, self.method.read(slot))
+        if lane.finished:
+            self._free(slot)
+        self.save()
+        epoch = len(lane.progress.history)
+        stopped = lane.progress.stopped
+        return EpochDone(lane, epoch, lane.progress.step, train_loss, scores, is_best, stopped)
 
-    # Checkpoints: the trained tensors, the optimizer's two, the best so far, and the progress.
+    def evaluate(
+        self, lane: Lane, split: Split, slot: int = 0
+    ) -> tuple[dict[str, float], list[Logits]]:
+        """Return the scores and the logits of a split, at evaluation mode.
+
+        Args:
+            lane: whose task it is.
+            split: what to score.
+            slot: where its numbers are; 0 after :meth:`keep`.
+        """
+        row, weights = self.method.trained(slot, lane.layout, lane.head)
+        heads = {0: TaskHead(lane.head, weights)}
+        logits = compute_logits(self.encoder, split.features.items, row[None], lane.layout, heads)
+        return score_logits(lane.task, split, logits), logits
+
+    def keep(self, lane: Lane) -> None:
+        """Put the kept epoch's numbers of a finished run in slot 0, to evaluate and save them."""
+        self.method.write(0, lane.best)
+
+    # Checkpoints: the trained tensors, the optimizer's two, each lane's best, and the progress.
 
     def save(self) -> None:
         """Write the state, atomically; the loss of power costs at most the steps since then."""
         self._saved_at = time.monotonic()
         if self.checkpoint is None:
             return
-        self.progress.loss_sum = float(self._epoch_loss)
-        note = {"identity": self.identity, "progress": vars(self.progress)}
+        for lane in self.lanes:
+            lane.progress.loss_sum = float(lane.loss_sum)
+        note = {
+            "identity": self.identity, "slots": self.slots, "next_lane": self.next_lane,
+            "progress": [vars(lane.progress) for lane in self.lanes],
+        }  # fmt: skip
         data = pack_safetensors(self._state(), CHECKPOINT_KEY, json.dumps(note))
         atomic_write(self.checkpoint, data)
 
@@ -318,7 +361,7 @@ class Trainer:
         """Go on from the checkpoint where there is one; return whether there was.
 
         Raises:
-            BitfitError: the checkpoint is damaged, or of a run with other settings or data.
+            BitfitError: the checkpoint is damaged, or of runs with other settings or data.
         """
         if self.checkpoint is None or not self.checkpoint.exists():
             return False
@@ -329,11 +372,19 @@ class Trainer:
                 f"{self.checkpoint} is of another run: {', '.join(differs)} differ(s). Repeat the "
                 "command as it was, or delete the file to start anew"
             )
+        self.slots, self.next_lane = note["slots"], note["next_lane"]
+        for number, (lane, progress) in enumerate(zip(self.lanes, note["progress"], strict=True)):
+            lane.progress = Progress(**progress)
+            lane.loss_sum = torch.tensor(lane.progress.loss_sum, device=self.encoder.device)
+            places = [name for name in tensors if name.startswith(f"best.{number}.")]
+            lane.best = [
+                tensors[f"best.{number}.{i}"].to(self.encoder.device) for i in range(len(places))
+            ]
+        for slot, lane in self._running():
+            self.method.begin(slot, lane.layout, lane.head, lane.config.seed)
         with torch.no_grad():
-            for name, tensor in self._state().items():
+            for name, tensor in self._moving().items():
                 tensor.copy_(tensors[name])
-        self.progress = Progress(**note["progress"])
-        self._epoch_loss = torch.tensor(self.progress.loss_sum, device=self.encoder.device)
         return True
 
     def set_aside_checkpoint(self) -> None:
@@ -341,18 +392,34 @@ class Trainer:
         if self.checkpoint is not None and self.checkpoint.exists():
             self.checkpoint.replace(f"{self.checkpoint}.old")
 
-    def _state(self) -> dict[str, Tensor]:
+    def _moving(self) -> dict[str, Tensor]:
         groups = {
             "trained": self.method.tensors,
             "mean": self.optimizer.means,
             "square": self.optimizer.squares,
-            "best": self.best,
         }
         return {
             f"{group}.{i}": tensor.detach()
             for group, tensors in groups.items()
             for i, tensor in enumerate(tensors)
         }
+
+    def _state(self) -> dict[str, Tensor]:
+        best = {
+            f"best.{number}.{i}": tensor
+            for number, lane in enumerate(self.lanes)
+            for i, tensor in enumerate(lane.best)
+        }
+        return self._moving() | best
+
+
+def _common(identities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join what several runs depend on: a value where all agree, else one for each run."""
+    joined: dict[str, Any] = {}
+    for key in identities[0]:
+        values = [identity[key] for identity in identities]
+        joined[key] = values[0] if all(v == values[0] for v in values) else values
+    return joined
 
 
 def recorded_conditions(checkpoint: Path | None) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""Dropout whose masks depend on (seed, step) and the place in a run's own batch only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitfit.batches import Batch
+
+
+class DropoutBits:
+    """Dropout masks of one run for one step, from random bits that (seed, step) determine.
+
+    Sixteen bits an element give the rate 0.1 as 0.10001; eight would give 0.1016. A step draws the
+    same masks whether or not the run was interrupted before it.
+    """
+
+    def __init__(self, seed: int, step: int, device: torch.device) -> None:
+        state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+        self.seed = int(state[0] >> np.uint64(1))
+        self.generator = torch.Generator(device).manual_seed(self.seed)
+
+    def scale(self, x: Tensor, rate: float) -> Tensor:
+        """Return a factor per element of ``x``: 0 with probability ``rate``, else 1/(1 - rate)."""
+        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+        # The whole range: without bounds the sign bit is always 0 and every fourth draw biased.
+        words.random_(-(2**63), None, generator=self.generator)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+        dropped = round(rate * 65536)
+        keep = bits >= dropped - 32768
+        return keep.to(x.dtype).mul_(65536 / (65536 - dropped))
+
+
+class StepDropout:
+    """The masks of one forward pass over the batches of several runs, end to end.
+
+    Each run draws for its own tokens, in the shape they have when it trains alone, so that its
+    masks do not depend on which other runs are beside it.
+
+    Args:
+        parts: each run's bits with its batch, in the order of the tokens.
+    """
+
+    def __init__(self, parts: Sequence[tuple[DropoutBits, Batch]]) -> None:
+        self.parts = list(parts)
+
+    @property
+    def seed(self) -> int:
+        """A seed for generators that are not ours; it is the first run's."""
+        return self.parts[0][0].seed
+
+    def drop(self, x: Tensor, rate: float) -> Tensor:
+        """Return ``x`` ``(1, T, d)``, or of any shape where there is one run, partly dropped."""
+        if len(self.parts) == 1:
+            return x * self.parts[0][0].scale(x, rate)
+        factor, begin = torch.empty_like(x), 0
+        for bits, batch in self.parts:
+            own = slice(begin, begin + len(batch.input_ids))
+            factor[:, own] = bits.scale(x[:, own], rate)
+            begin = own.stop
+        return x * factor

@@ -1,0 +1,198 @@
+"""The leaves of the frozen encoder: modules that read what they add from rows of a bank.
+
+They are swapped in for a transformers model's own Linear, LayerNorm and Dropout and keep the names
+``weight`` and ``bias``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitfit.dropout import StepDropout
+
+
+class RowIndex:
+    """Which row each token (or each sequence of a padded batch) uses.
+
+    Args:
+        index: ``(N,)``, a row of the bank for each element of a leaf's token axis.
+        rows: K, how many rows there are.
+        padded: whether the elements are the sequences of a padded batch ``(B, L, d)``.
+    """
+
+    def __init__(self, index: Tensor, rows: int, *, padded: bool = False) -> None:
+        self.index, self.rows, self.padded = index, rows, padded
+
+    def gather(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Return the row of each element, from ``rows`` ``(K, d)``, to be added to ``like``."""
+        chosen = rows.to(like.dtype).index_select(0, self.index)
+        return chosen[:, None] if self.padded and like.ndim == 3 else chosen
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """``(row, begin, end)`` of each stretch of equal rows."""
+        row, counts = torch.unique_consecutive(self.index, return_counts=True)
+        ends = counts.cumsum(0)
+        stretches = (row, ends - counts, ends)
+        return list(zip(*(t.tolist() for t in stretches), strict=True))
+
+    @cached_property
+    def _one_hot(self) -> Tensor:
+        rows = torch.arange(self.rows, device=self.index.device)
+        return rows[:, None] == self.index
+
+    def sum_by_row(self, grad: Tensor) -> Tensor:
+        """Return ``(K, d)`` in fp32: the sum of ``grad`` ``(N, d)`` over the elements of each row.
+
+        On the CPU stretch by stretch, which is how a run alone sums its own. On a GPU as a matrix
+        product that accumulates in fp32: scattered additions there are not reproducible.
+        """
+        if grad.is_cuda:
+            if grad.dtype == torch.float32:
+                return self._one_hot.float() @ grad
+            return torch.mm(self._one_hot.to(grad.dtype), grad, out_dtype=torch.float32)
+        total = grad.new_zeros(self.rows, grad.shape[-1], dtype=torch.float32)
+        if grad.dtype == torch.float64:  # exact checks of the gradient
+            total = total.double()
+        for row, begin, end in self._runs:
+            total[row] += grad[begin:end].sum(0, dtype=total.dtype)
+        return total
+
+
+@dataclass
+class ForwardState:
+    """What the leaves read during one forward pass. One thread owns it."""
+
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    """By module path: ``(K, length)``, what each row adds to that module's bias."""
+    index: RowIndex | None = None
+    """The row of each element of a leaf's token axis; None: all use row 0."""
+    dropout: StepDropout | None = None
+    """None: evaluation."""
+
+
+class _LinearByRow(torch.autograd.Function):
+    """``x W^T + rows[index]`` of frozen ``W``: nothing of x is kept, the sum goes into the product.
+
+    Backward: the gradient carried through W, and for each row the sum over its tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, index: RowIndex) -> Tensor:
+        ctx.index = index
+        ctx.save_for_backward(weight)
+        y = index.gather(rows, x)
+        return y.addmm_(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (weight,) = grads, ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        x = (flat @ weight).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return x, None, ctx.index.sum_by_row(flat) if ctx.needs_input_grad[2] else None, None
+
+
+class _AddByRow(torch.autograd.Function):
+    """``x + rows[index]``, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, index: RowIndex) -> Tensor:
+        ctx.index = index
+        ctx.mark_dirty(x)
+        x.view(-1, x.shape[-1]).add_(index.gather(rows, x))
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        needed = ctx.needs_input_grad[1]
+        return grad, ctx.index.sum_by_row(grad.flatten(0, -2)) if needed else None, None
+
+
+class BankedLinear(nn.Module):
+    """A Linear that adds ``bias + shift``, summed in fp32, with the shift of each token's row."""
+
+    def __init__(self, linear: nn.Linear, path: str, state: ForwardState) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.path, self.state = path, state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + b``, shape ``(..., out_features)``."""
+        shift, index = self.state.shifts.get(self.path), self.state.index
+        if self.bias is None:
+            return F.linear(x, self.weight)
+        if shift is None:
+            return F.linear(x, self.weight, self.bias.to(x.dtype))
+        if index is None:
+            # All rows agree: the bias folds into the matrix product.
+            return F.linear(x, self.weight, (self.bias + shift[0]).to(x.dtype))
+        rows = self.bias + shift
+        if index.padded:
+            return F.linear(x, self.weight) + index.gather(rows, x)
+        linear: Tensor = _LinearByRow.apply(x, self.weight, rows, index)  # type: ignore[no-untyped-call]
+        return linear
+
+
+class BankedLayerNorm(nn.Module):
+    """A LayerNorm whose bias is read from the bank; the gain stays the base's."""
+
+    def __init__(self, norm: nn.LayerNorm, path: str, state: ForwardState) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
+        self.path, self.state = path, state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised ``x`` of unchanged shape."""
+        shift = self.state.shifts.get(self.path) if self.bias is not None else None
+        index = self.state.index
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        if shift is not None and index is not None:
+            rows = self.bias + shift
+            plain = F.layer_norm(x, self.normalized_shape, weight, None, self.eps)
+            if index.padded:
+                return plain + index.gather(rows, x)
+            summed: Tensor = _AddByRow.apply(plain, rows, index)  # type: ignore[no-untyped-call]
+            return summed
+        bias = self.bias if shift is None else self.bias + shift[0]
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class BankedDropout(nn.Module):
+    """A Dropout that draws from the step's own random bits."""
+
+    def __init__(self, dropout: nn.Dropout, state: ForwardState) -> None:
+        super().__init__()
+        self.p, self.state = dropout.p, state
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with elements dropped in training, ``x`` itself in evaluation."""
+        if self.state.dropout is None or self.p == 0:
+            return x
+        return self.state.dropout.drop(x, self.p)
+
+
+def swapped(module: nn.Module, path: str, state: ForwardState) -> nn.Module:
+    """Return the leaf that stands in for ``module``, or ``module`` itself if it is none."""
+    if isinstance(module, nn.Linear):
+        return BankedLinear(module, path, state)
+    if isinstance(module, nn.LayerNorm):
+        return BankedLayerNorm(module, path, state)
+    return BankedDropout(module, state) if isinstance(module, nn.Dropout) else module
+
+
+def swap_leaves(module: nn.Module, prefix: str, state: ForwardState) -> None:
+    """Swap every leaf below ``module``, in place; ``prefix`` is its path with a dot, or empty."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        setattr(module, name, swapped(child, path, state))
+        swap_leaves(child, f"{path}.", state)

@@ -1,0 +1,170 @@
+"""A lane: one run among those that train side by side, with its own data, rate, seed and record."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitfit.bank import Layout
+from bitfit.batches import Batch, Features, pack
+from bitfit.errors import UsageError
+from bitfit.heads import Head
+from bitfit.tasks import Example, Task
+from bitfit.training.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples with their features."""
+
+    examples: Sequence[Example]
+    features: Features
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint holds beside tensors."""
+
+    step: int = 0
+    best_epoch: int = 0
+    best_score: float = -math.inf
+    stopped: bool = False
+    """Ended by early stopping."""
+    dropped: str = ""
+    """Why the run was given up, for instance a loss that became NaN; empty: it was not."""
+    loss_sum: float = 0.0
+    """Sum of the losses of this epoch's steps so far."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    """Of training steps; of those taken with others, its share by tokens."""
+    sequences: int = 0
+    tokens: int = 0
+
+
+class Lane:
+    """One run: what it learns, from what, how, and where it stands.
+
+    What a step does depends on (seed, step) and the numbers before it only: the order of the data
+    is drawn from (seed, epoch), dropout from (seed, step).
+
+    Args:
+        task: what is learned.
+        head: its head.
+        config: how.
+        layout: the biases that are trained; empty for methods that train matrices.
+        train: training rows.
+        dev: rows to choose the epoch on; None: the last epoch is kept.
+        device: where it trains.
+        label: what tells it from its neighbours, for messages.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        head: Head,
+        config: TrainConfig,
+        layout: Layout,
+        train: Split,
+        dev: Split | None,
+        device: torch.device,
+        label: str = "",
+    ) -> None:
+        self.task, self.head, self.config, self.layout = task, head, config, layout
+        self.train, self.dev, self.device, self.label = train, dev, device, label
+        self.progress = Progress()
+        self.best: list[Tensor] = []
+        """The numbers of the best epoch so far; once the run has ended, those of the kept one."""
+        self.loss_sum = torch.zeros((), device=device)
+        self.steps_per_epoch = math.ceil(len(train.features.items) / config.batch_size)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.class_weights = self._class_weights()
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step of this run is left, nor an evaluation."""
+        p = self.progress
+        trained = p.stopped or (p.step >= self.total_steps and not self.epoch_is_due)
+        return bool(p.dropped) or trained
+
+    @property
+    def epoch_is_due(self) -> bool:
+        """Whether an epoch's steps are done and its evaluation is not (a run may stop between)."""
+        epochs, rest = divmod(self.progress.step, self.steps_per_epoch)
+        return rest == 0 and epochs > len(self.progress.history)
+
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch (from 1) that the finished run keeps."""
+        if self.config.keep == "best" and self.dev is not None:
+            return self.progress.best_epoch
+        return self.progress.step // self.steps_per_epoch
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run depends on, beside its data and base."""
+        return {**self.config.to_json(), "task": dataclasses.asdict(self.task)}
+
+    def next_batch(self) -> Batch:
+        """Return the sequences of the next step: a slice of the order drawn from (seed, epoch)."""
+        epoch, place = divmod(self.progress.step, self.steps_per_epoch)
+        items = self.train.features.items
+        if self._order[0] != epoch:
+            order = np.random.default_rng((self.config.seed, epoch)).permutation(len(items))
+            self._order = epoch, order.tolist()
+        size = self.config.batch_size
+        chosen = self._order[1][place * size : (place + 1) * size]
+        return pack([items[i] for i in chosen]).to(self.device)
+
+    def step_taken(self, loss: Tensor, batch: Batch, seconds: float) -> None:
+        """Count a step, taken on ``batch`` with ``loss`` (0-d)."""
+        first_of_epoch = self.progress.step % self.steps_per_epoch == 0
+        self.loss_sum = loss if first_of_epoch else self.loss_sum + loss
+        self.progress.step += 1
+        self.progress.seconds += seconds
+        self.progress.sequences += len(batch.lengths)
+        self.progress.tokens += len(batch.input_ids)
+
+    def epoch_ended(self, scores: dict[str, float], numbers: list[Tensor]) -> bool:
+        """Record an epoch with its dev scores; return whether it is the best so far."""
+        progress, epoch = self.progress, self.progress.step // self.steps_per_epoch
+        score = scores.get(self.task.metric, math.nan)
+        # An undefined score (a constant prediction has no correlation) is worse than any other.
+        score = -math.inf if math.isnan(score) else score
+        # Of equal scores the later epoch: on a small dev set it has the lower loss by far.
+        is_best = progress.best_epoch == 0 or score >= progress.best_score
+        if is_best or self.dev is None:
+            progress.best_epoch, progress.best_score = epoch, score
+            self.best = numbers
+        patience, waited = self.config.patience, epoch - progress.best_epoch
+        progress.stopped = self.dev is not None and 0 < patience <= waited
+        progress.history.append({"epoch": epoch, "train_loss": self.epoch_loss, "dev": scores})
+        if self.finished and self.kept_epoch == epoch:
+            self.best = numbers
+        return is_best
+
+    @property
+    def epoch_loss(self) -> float:
+        """Mean loss of the epoch's steps."""
+        return float(self.loss_sum) / self.steps_per_epoch
+
+    def _class_weights(self) -> Tensor | None:
+        if self.config.class_weights is None:
+            return None
+        if self.head.kind not in ("classification", "tokens"):
+            raise UsageError(
+                f"class_weights {self.config.class_weights!r} is for classification and tokens, "
+                f"task {self.task.name!r} is {self.head.kind}: leave it out"
+            )
+        labels = np.concatenate([np.ravel(f.label) for f in self.train.features.items])
+        counts = np.bincount(labels.astype(np.int64), minlength=self.head.num_outputs)
+        weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
+        return torch.tensor(weights, dtype=torch.float32, device=self.device)

@@ -1,0 +1,115 @@
+"""How many runs train side by side: chosen once, from a short measurement and the memory."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bitfit.encoder import Encoder
+from bitfit.training.lane import Lane, Progress
+from bitfit.training.methods import make_method
+from bitfit.training.train import Trainer
+
+MOST = 64
+# More lanes must gain at least this much to be worth their memory and their coarser refilling.
+LEAST_GAIN = 1.05
+_TIMED_STEPS = 3
+# Of the memory that is free, how much the activations of all lanes may take.
+_MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class LaneRate:
+    """What a number of lanes reached in the measurement."""
+
+    lanes: int
+    tokens_per_second: float
+
+
+def can_share(encoder: Encoder, lanes: Sequence[Lane]) -> bool:
+    """Whether these runs can be in one forward pass: rows of a base that runs packed."""
+    rows = all(lane.config.method in ("bitfit", "frozen") for lane in lanes)
+    return rows and encoder.packed and encoder.mixes
+
+
+def choose_lane_count(encoder: Encoder, lanes: Sequence[Lane], most: int = MOST) -> int:
+    """Return how many of ``lanes`` to train side by side; 1 where they cannot share a pass.
+
+    It takes as long as some twenty steps. The answer depends on the machine's mood, so it must be
+    recorded: a run is repeated or resumed with the number it had.
+    """
+    if len(lanes) == 1 or not can_share(encoder, lanes):
+        return 1
+    best = LaneRate(1, 0.0)
+    for found in measure_lane_counts(encoder, lanes, most):
+        if found.tokens_per_second > LEAST_GAIN * best.tokens_per_second:
+            best = found
+        elif found.lanes > 2 * best.lanes:  # two steps without a gain: it will not come any more
+            break
+    return best.lanes
+
+
+def measure_lane_counts(
+    encoder: Encoder, lanes: Sequence[Lane], most: int = MOST
+) -> Iterator[LaneRate]:
+    """Yield the speed of 1, 2, 4, ... of ``lanes`` side by side, as long as the memory suffices.
+
+    Nothing is changed: copies of the runs take the steps.
+    """
+    free = free_memory(encoder.device)
+    count = 1
+    while count <= min(most, len(lanes)):
+        if activation_bytes(encoder, lanes[:count]) > _MEMORY_SHARE * free:
+            return
+        yield LaneRate(count, _speed(encoder, lanes[:count]))
+        count *= 2
+
+
+def _speed(encoder: Encoder, lanes: Sequence[Lane]) -> float:
+    """Real tokens per second, the best of some steps after one that warms up."""
+    trials = [copy.copy(lane) for lane in lanes]
+    for trial in trials:
+        trial.progress = Progress()
+    method = make_method(encoder, trials, len(trials))
+    steps = Trainer(encoder=encoder, method=method, lanes=trials).steps_only()
+    rates = []
+    for _ in range(1 + _TIMED_STEPS):
+        began = time.perf_counter()
+        tokens = next(steps).tokens
+        if encoder.device.type == "cuda":
+            torch.cuda.synchronize(encoder.device)
+        rates.append(tokens / (time.perf_counter() - began))
+    return max(rates[1:])
+
+
+def activation_bytes(encoder: Encoder, lanes: Sequence[Lane]) -> int:
+    """Return about how many bytes a step of ``lanes`` keeps for its backward pass."""
+    config: Any = encoder.base.config
+    tokens = 0
+    for lane in lanes:
+        longest = sorted((len(f) for f in lane.train.features.items), reverse=True)
+        tokens += sum(longest[: lane.config.batch_size])
+    hidden = encoder.hidden_size
+    inner = int(getattr(config, "intermediate_size", 4 * hidden))
+    layers = int(getattr(config, "num_hidden_layers", 12))
+    length = max(len(f) for lane in lanes for f in lane.train.features.items)
+    heads = int(getattr(config, "num_attention_heads", 12))
+    # Per token and layer: projections, norms and masks; the MLP; weights and masks of attention.
+    numbers = 14 * hidden + 3 * inner + 4 * heads * length
+    return tokens * layers * numbers * encoder.dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on ``device``."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system tells
+        return 4 << 30
