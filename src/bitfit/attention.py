@@ -42,10 +42,13 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if bitfit_state.dropout is None or not dropout:
         return _attend(q, k, v, bitfit_batch, scaling)[None], None
-    contexts, begin = [], 0
+    contexts: list[Tensor] = []
+    begin = 0
     for bits, batch in bitfit_state.dropout.parts:
         own = slice(begin, begin + len(batch.input_ids))
-        contexts.append(_attend_dropped(q[own], k[own], v[own], batch, scaling, bits, dropout))
+        contexts.append(_DroppedAttention.apply(  # type: ignore[no-untyped-call]
+            q[own], k[own], v[own], batch, scaling, bits, dropout
+        ))  # fmt: skip
         begin = own.stop
     context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     return context[None], None
@@ -56,33 +59,68 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float) -> Te
     q, k, v = (_side_by_side(x, batch) for x in (q, k, v))  # (B, heads, L, head_dim)
     mask = batch.mask[:, None, None, :]
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return _end_to_end(context, batch)
+    return _end_to_end(context.flatten(0, 2), batch, context.shape[1])
 
 
-def _attend_dropped(
-    q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float, bits: DropoutBits, rate: float
-) -> Tensor:
-    """Attention with dropout by plain products: the fused one falls to a slow path on the CPU."""
-    q, k, v = (_side_by_side(x, batch) for x in (q, k, v))
-    scores = torch.matmul(q * scaling, k.transpose(2, 3))
-    scores = scores.masked_fill(~batch.mask[:, None, None, :], torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1)
-    return _end_to_end(torch.matmul(weights * bits.scale(weights, rate), v), batch)
+class _DroppedAttention(torch.autograd.Function):
+    """Attention with dropout on its weights, by plain products, forward and backward.
+
+    torch's fused attention falls to a slow path on the CPU when it drops. Written out, no copy is
+    made that autograd would need and the products do not: the scale is part of the product, the
+    mask is what the product is added to, and gradients of the padding, which are zero, are never
+    scattered.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float,
+        bits: DropoutBits, rate: float,
+    ) -> Tensor:  # fmt: skip
+        heads = q.shape[1]
+        q, k, v = (_side_by_side(x, batch).flatten(0, 1) for x in (q, k, v))  # (B * H, L, hd)
+        scores = torch.baddbmm(_score_mask(batch, heads, q.dtype), q, k.mT, alpha=scaling)
+        weights = torch.softmax(scores, dim=-1)
+        factor = bits.scale(weights, rate)
+        context = torch.bmm(weights * factor, v)
+        ctx.save_for_backward(q, k, v, weights, factor)
+        ctx.batch, ctx.heads, ctx.scaling = batch, heads, scaling
+        return _end_to_end(context.flatten(0, 1), batch, heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, factor = ctx.saved_tensors
+        rows = ctx.batch.head_rows(ctx.heads)
+        # Zero at the padding: what stands there has no gradient and must give none.
+        grad = torch.zeros_like(q)
+        grad.flatten(0, 1).index_copy_(0, rows, grads[0].reshape(len(rows), -1))
+        grad_v = torch.bmm((weights * factor).mT, grad)
+        grad_weights = torch.bmm(grad, v.mT).mul_(factor)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        # beta 0: what the product is added to is not read.
+        grad_q = torch.baddbmm(grad, grad_scores, k, beta=0, alpha=ctx.scaling)
+        grad_k = torch.baddbmm(grad, grad_scores.mT, q, beta=0, alpha=ctx.scaling)
+        packed = (_end_to_end(x.flatten(0, 1), ctx.batch, ctx.heads)
+                  for x in (grad_q, grad_k, grad_v))  # fmt: skip
+        return (*packed, None, None, None, None)
+
+
+def _score_mask(batch: Batch, heads: int, dtype: torch.dtype) -> Tensor:
+    """``(B * heads, 1, L)``: 0 where a sequence has a token, the least number at its padding."""
+    mask = torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device)
+    mask.masked_fill_(~batch.mask, torch.finfo(dtype).min)
+    return mask.repeat_interleave(heads, 0)[:, None]
 
 
 def _side_by_side(x: Tensor, batch: Batch) -> Tensor:
     """``(T, H, hd)`` packed -> ``(B, H, L, hd)`` padded, contiguous, in one gather."""
     tokens, heads, dim = x.shape
-    rows = batch.padded_index * heads  # (B, L)
-    index = rows[:, None, :] + torch.arange(heads, device=rows.device)[None, :, None]
+    index = batch.padded_head_rows(heads)
     return x.reshape(tokens * heads, dim).index_select(0, index.flatten()).view(*index.shape, dim)
 
 
-def _end_to_end(x: Tensor, batch: Batch) -> Tensor:
-    """``(B, H, L, hd)`` padded -> ``(T, H, hd)`` packed."""
-    b, heads, length, dim = x.shape
-    tokens = x.transpose(1, 2).reshape(b * length, heads * dim)
-    return tokens.index_select(0, batch.unpadded_index).view(-1, heads, dim)
+def _end_to_end(x: Tensor, batch: Batch, heads: int) -> Tensor:
+    """``(B * H * L, hd)`` padded -> ``(T, H, hd)`` packed, in one gather."""
+    return x.index_select(0, batch.head_rows(heads)).view(-1, heads, x.shape[-1])
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -90,6 +90,26 @@ class Batch:
         columns = torch.arange(self.max_length, device=self.lengths.device)
         return self.starts[:, None] + torch.where(self.mask, columns, 0)
 
+    def padded_head_rows(self, heads: int) -> Tensor:
+        """``(B, heads, max_length)``: as :attr:`padded_index`, of packed rows ``(T, heads)``."""
+        if ("padded", heads) not in self._rows:
+            columns = torch.arange(heads, device=self.lengths.device)[None, :, None]
+            self._rows["padded", heads] = self.padded_index[:, None, :] * heads + columns
+        return self._rows["padded", heads]
+
+    def head_rows(self, heads: int) -> Tensor:
+        """``(T * heads,)``: where each token's heads stand in a flat ``(B, heads, L)``."""
+        if ("packed", heads) not in self._rows:
+            columns = torch.arange(heads, device=self.lengths.device)
+            first = self.sequence_of_token * heads
+            rows = (first[:, None] + columns) * self.max_length + self.positions[:, None]
+            self._rows["packed", heads] = rows.flatten()
+        return self._rows["packed", heads]
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, int], Tensor]:
+        return {}  # every layer asks for the same
+
     @cached_property
     def unpadded_index(self) -> Tensor:
         """``(T,)``: where each token stands in a flattened padded batch."""

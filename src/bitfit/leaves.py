@@ -58,11 +58,15 @@ class RowIndex:
             if grad.dtype == torch.float32:
                 return self._one_hot.float() @ grad
             return torch.mm(self._one_hot.to(grad.dtype), grad, out_dtype=torch.float32)
-        total = grad.new_zeros(self.rows, grad.shape[-1], dtype=torch.float32)
-        if grad.dtype == torch.float64:  # exact checks of the gradient
-            total = total.double()
+        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        total = grad.new_zeros(self.rows, grad.shape[-1], dtype=dtype)
+        seen = set()
         for row, begin, end in self._runs:
-            total[row] += grad[begin:end].sum(0, dtype=total.dtype)
+            if row in seen:
+                total[row] += grad[begin:end].sum(0, dtype=dtype)
+            else:
+                torch.sum(grad[begin:end], 0, dtype=dtype, out=total[row])
+                seen.add(row)
         return total
 
 

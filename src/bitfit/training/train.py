@@ -38,6 +38,9 @@ BETAS = (0.9, 0.999)
 CHECKPOINT_SECONDS = 30.0
 # On a GPU reading the losses waits for it, so divergence is looked for once in so many steps.
 LOSS_CHECK_STEPS = 50
+# Tokens in one forward pass of several lanes; a lane's batch is never split. Beyond some 1,000 a
+# CPU's products are no faster, and the activations leave its cache (docs/lanes.md has the numbers).
+PASS_TOKENS = {"cpu": 1024, "gpu": 65536}
 
 
 @dataclass(frozen=True)
@@ -233,8 +236,11 @@ class Trainer:
             DropoutBits(lane.config.seed, lane.progress.step + 1, self.encoder.device)
             for _, lane in running
         ]
-        losses = self._losses(running, batches, bits)
-        torch.stack(losses).sum().backward()
+        losses: list[Tensor] = []
+        for part in self._passes(batches):
+            own = self._losses(running[part], batches[part], bits[part])
+            torch.stack(own).sum().backward()
+            losses += (loss.detach() for loss in own)
         self.method.after_backward()
         norms, sizes, epsilons = ([0.0] * len(self.slots) for _ in range(3))
         for slot, lane in running:
@@ -247,7 +253,6 @@ class Trainer:
         self.method.clip(norms)
         self.optimizer.step(sizes, epsilons)
         seconds, tokens = time.perf_counter() - began, sum(len(b.input_ids) for b in batches)
-        losses = [loss.detach() for loss in losses]
         for (_, lane), loss, batch in zip(running, losses, batches, strict=True):
             lane.step_taken(loss, batch, seconds * len(batch.input_ids) / tokens)
         return StepDone(
@@ -255,6 +260,17 @@ class Trainer:
             [(lane, loss) for (_, lane), loss in zip(running, losses, strict=True)],
             sum(len(b.lengths) for b in batches), tokens,
         )  # fmt: skip
+
+    def _passes(self, batches: Sequence[Batch]) -> Iterator[slice]:
+        """Split the running lanes into forward passes, as many in each as help the hardware."""
+        most = PASS_TOKENS["cpu" if self.encoder.device.type == "cpu" else "gpu"]
+        begin, tokens = 0, 0
+        for place, batch in enumerate(batches):
+            if tokens and tokens + len(batch.input_ids) > most:
+                yield slice(begin, place)
+                begin, tokens = place, 0
+            tokens += len(batch.input_ids)
+        yield slice(begin, len(batches))
 
     def _losses(
         self,
