@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
+BENCH ?=
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: setup demo test check bench clean
@@ -11,7 +12,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt torch
-	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[data,plots,minilm,tensorboard]'
+	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[data,plots,minilm,tensorboard,bench]'
 	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt $(shell $(PYTHON) -c "import tomllib;print(*(f\"'{d}'\" for d in tomllib.load(open('pyproject.toml','rb'))['dependency-groups']['dev']))")
 	touch $@
 
@@ -29,8 +30,8 @@ check: setup  ## style, types, direction of the imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_package.py -k "imports or cycle"
 
-bench: setup  ## the benchmarks (minutes)
-	$(BIN)/python benchmarks/speed.py
+bench: setup  ## training speed beside stock parts (minutes); BENCH="--data glue_data" for real lengths
+	$(BIN)/bitfit bench train $(BENCH)
 
 clean:
 	rm -rf $(VENV)

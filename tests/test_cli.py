@@ -692,9 +692,13 @@ def test_tasks_lists_what_is_built_in(run: Run) -> None:
 def test_every_command_and_option_has_help() -> None:
     group: Any = typer.main.get_command(app.app)
     assert list(group.commands) == [
-        "train", "eval", "predict", "inspect", "diff", "doctor", "tasks", "demo",
+        "train", "eval", "predict", "inspect", "diff", "doctor", "tasks", "demo", "bench",
     ]  # fmt: skip
-    for name, command in group.commands.items():
+    inner = group.commands["bench"].commands
+    assert list(inner) == ["train"]
+    assert group.commands["bench"].help
+    single = {name: c for name, c in group.commands.items() if name != "bench"}
+    for name, command in (single | {f"bench {name}": c for name, c in inner.items()}).items():
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"

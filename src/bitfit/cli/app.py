@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import bitfit
-from bitfit.cli import console, look, train, use
+from bitfit.cli import bench, console, look, train, use
 from bitfit.errors import BitfitError
 
 INTERRUPTED = 130
@@ -37,11 +37,34 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "tasks": look.tasks,
     "demo": look.demo,
 }
-for _name, _command in _COMMANDS.items():
+_BENCH_COMMANDS: dict[str, Callable[..., None]] = {
+    "train": bench.train,
+}
+
+
+def _help(command: Callable[..., None]) -> str:
     # A docstring's lines are joined to paragraphs, which the terminal breaks at its own width.
-    _paragraphs = inspect.getdoc(_command) or ""
-    _help = "\n\n".join(" ".join(part.split()) for part in _paragraphs.split("\n\n"))
-    app.command(_name, help=_help)(_command)
+    paragraphs = inspect.getdoc(command) or ""
+    return "\n\n".join(" ".join(part.split()) for part in paragraphs.split("\n\n"))
+
+
+for _name, _command in _COMMANDS.items():
+    app.command(_name, help=_help(_command))(_command)
+_bench = typer.Typer(rich_markup_mode="rich", no_args_is_help=False)
+for _name, _command in _BENCH_COMMANDS.items():
+    _bench.command(_name, help=_help(_command))(_command)
+
+
+@_bench.callback(invoke_without_command=True)
+def _show_bench(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.add_typer(
+    _bench, name="bench", rich_help_panel="Measuring",
+    help="Measure the speed of this machine's training beside stock parts.",
+)  # fmt: skip
 
 
 def _show_version(wanted: bool) -> None:
@@ -102,8 +125,6 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _invoke(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     _hide_type_of_flags(command)
-    for each in getattr(command, "commands", {}).values():
-        _hide_type_of_flags(each)
     is_help = not {"--help", "--version"}.isdisjoint(arguments)
     try:  # not command.main, which makes an exit with 1 of a broken pipe
         with (
@@ -121,6 +142,8 @@ def _hide_type_of_flags(command: Any) -> None:
     for option in command.get_params(typer.Context(command)):
         if getattr(option, "is_flag", False):
             option.metavar = ""
+    for each in getattr(command, "commands", {}).values():
+        _hide_type_of_flags(each)
 
 
 def _misuse(error: Exception, arguments: Sequence[str]) -> int:

@@ -1,0 +1,300 @@
+"""What ``bitfit bench train`` compares: each variant is a function that builds one training step.
+
+All train on the same batches with AdamW, dropout and gradients clipped at 1.0. Only ours packs its
+batches inside the step that is timed; those of the others are padded and on the device beforehand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfit.base import find_base, max_positions, quiet_transformers
+from bitfit.batches import Batch, Feature, Features, pack
+from bitfit.encoder import open_encoder
+from bitfit.heads import make_head
+from bitfit.tasks import Task
+from bitfit.terms import FAMILIES, select_biases
+from bitfit.training.lane import Lane, Split
+from bitfit.training.methods import choose_layout, make_method
+from bitfit.training.settings import TrainConfig
+from bitfit.training.train import Trainer
+
+MAX_LENGTH = 128
+MAX_GRAD_NORM = 1.0
+FROZEN_FLOPS, FULL_FLOPS = 4, 6
+"""Per encoder weight and token: forward and input gradient; full fine-tuning weight gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What every variant is given: a base and the batches of a task."""
+
+    base: str
+    device: torch.device
+    task: Task
+    batches: Sequence[Sequence[Feature]]
+
+    def tokens(self, number: int) -> int:
+        """Return the real (not padding) tokens of a batch."""
+        return sum(len(feature) for feature in self.batches[number])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A variant that is ready to train."""
+
+    step: Callable[[int], None]
+    """Train on the batch of this number."""
+    trained: Sequence[Tensor]
+    """What is trained and has to be saved."""
+    optimizer_state: Callable[[], Iterable[Tensor]]
+    """The optimizer's tensors; torch's has none before its first step."""
+    modules: Sequence[nn.Module] = field(repr=False)
+    """The loaded model."""
+
+
+class Unavailable(Exception):
+    """A variant that cannot run here; the message is what its row says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A row of the table."""
+
+    name: str
+    title: str
+    group: str
+    """``ours``, ``released``, ``stock``, ``full-released``, ``full``, ``lora`` or ``beft``: of a
+    group with several precisions the faster counts."""
+    precision: str
+    pads_to: str
+    """``packed``, ``longest`` (of the batch) or ``128``."""
+    flops: int
+    """Floating-point operations per encoder weight and token that cannot be avoided."""
+    build: Callable[[Work], Run]
+
+
+# ------------------------------------------------------------------ ours
+
+
+def our_step(work: Work, *, dtype: str) -> Run:
+    """Return bitfit's own step: the only place here that knows :class:`Trainer`."""
+    encoder = open_encoder(work.base, dtype, str(work.device))
+    config = TrainConfig(
+        recipe="paper", batch_size=len(work.batches[0]), schedule="constant", warmup_ratio=0.0,
+        max_grad_norm=MAX_GRAD_NORM,
+    )  # fmt: skip
+    head = make_head(work.task, encoder, "auto")
+    number = 0
+
+    class OnGivenBatches(Lane):
+        def next_batch(self) -> Batch:
+            return pack(work.batches[number]).to(self.device)
+
+    items = [feature for batch in work.batches for feature in batch]
+    lane = OnGivenBatches(
+        task=work.task, head=head, config=config, layout=choose_layout(encoder, head, config),
+        train=Split([], Features(items, len(items), 0)), dev=None, device=encoder.device,
+    )  # fmt: skip
+    method = make_method(encoder, [lane])
+    trainer = Trainer(encoder=encoder, method=method, lanes=[lane])
+    steps = trainer.steps_only()
+
+    def step(wanted: int) -> None:
+        nonlocal number
+        number = wanted
+        done = next(steps)
+        assert done.tokens == work.tokens(wanted)
+
+    optimizer = trainer.optimizer
+    pooler = [] if encoder.pooler is None else [encoder.pooler]
+    return Run(
+        step=step, trained=method.tensors, modules=[encoder.model, *pooler],
+        optimizer_state=lambda: [*optimizer.means, *optimizer.squares],
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ stock parts
+
+
+def bias_step(work: Work, *, terms: str, padding: str, autocast: bool) -> Run:
+    """Return a step of transformers' model with ``requires_grad`` on its biases and its head."""
+    model = _classifier(work)
+    select_biases(model, terms)
+    return _stock_step(work, model, model, padding, autocast)
+
+
+def full_step(work: Work, *, padding: str, autocast: bool) -> Run:
+    """Return a step that trains every parameter of transformers' model."""
+    model = _classifier(work).requires_grad_(True)
+    return _stock_step(work, model, model, padding, autocast)
+
+
+def lora_step(work: Work, *, autocast: bool) -> Run:
+    """Return a step of peft's LoRA: r=8 on query and value, padded to the longest."""
+    peft = _peft("LoraConfig")
+    model = _classifier(work)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1,
+        target_modules=_targets(model, "query", "value"),
+    )  # fmt: skip
+    return _stock_step(work, model, _wrapped(model, config), "longest", autocast)
+
+
+def beft_step(work: Work, *, autocast: bool) -> Run:
+    """Return a step of peft's own bias method, BEFT, padded to the longest.
+
+    peft has no BitFit. BEFT (arXiv 2509.15974; peft 0.20 or newer) adds a trained vector after the
+    value projections, its default targets, which is fewer biases than all others here train.
+    (``LoraConfig(bias="all")`` trains biases only beside LoRA's matrices.)
+    """
+    peft = _peft("BeftConfig")
+    model = _classifier(work)
+    config = peft.BeftConfig(task_type="SEQ_CLS", target_modules=_targets(model, "value"))
+    return _stock_step(work, model, _wrapped(model, config), "longest", autocast)
+
+
+def _classifier(work: Work) -> Any:
+    """Return transformers' own classifier on the base, in fp32 and its default attention."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    with quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            find_base(work.base), num_labels=work.task.num_outputs, dtype=torch.float32,
+            use_safetensors=True,
+        )  # fmt: skip
+    return model.to(work.device).train()
+
+
+def _peft(needed: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise Unavailable("not installed: pip install 'bitfit[bench]'") from None
+    if not hasattr(peft, needed):
+        raise Unavailable(f"peft {peft.__version__} has no {needed}: install a newer one")
+    return peft
+
+
+def _wrapped(model: Any, config: Any) -> Any:
+    import peft
+
+    with warnings.catch_warnings():  # of transformers, about names that peft still uses
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, config)
+
+
+def _targets(model: Any, *terms: str) -> list[str]:
+    family = str(model.config.model_type)
+    if family not in FAMILIES:
+        raise Unavailable(f"where the projections of {family!r} stand is not known")
+    return [FAMILIES[family][term].rpartition(".")[2] for term in terms]
+
+
+def _stock_step(work: Work, plain: Any, model: Any, padding: str, autocast: bool) -> Run:
+    """Return the step of a usual training loop around ``model``, which may wrap ``plain``."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0.0)
+    batches = [_padded(work, batch, plain, padding) for batch in work.batches]
+    device = work.device.type
+
+    def step(number: int) -> None:
+        with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
+            loss = model(**batches[number]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def state() -> list[Tensor]:
+        values = (v for per_tensor in optimizer.state.values() for v in per_tensor.values())
+        return [v for v in values if isinstance(v, Tensor)]
+
+    return Run(step=step, trained=trained, optimizer_state=state, modules=[model])
+
+
+def _padded(work: Work, batch: Sequence[Feature], model: Any, padding: str) -> dict[str, Tensor]:
+    """Return a batch as transformers takes it, on the device."""
+    longest = max(len(feature) for feature in batch)
+    width = longest if padding == "longest" else min(MAX_LENGTH, max_positions(model.config))
+    ids = torch.full((len(batch), width), model.config.pad_token_id or 0)
+    types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for i, feature in enumerate(batch):
+        ids[i, : len(feature)] = torch.from_numpy(feature.input_ids)
+        types[i, : len(feature)] = torch.from_numpy(feature.token_type_ids)
+        mask[i, : len(feature)] = 1
+    labels = torch.tensor([feature.label for feature in batch])
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if work.task.kind == "regression":
+        inputs["labels"] = labels.float()
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["token_type_ids"] = types
+    return {name: tensor.to(work.device) for name, tensor in inputs.items()}
+
+
+# ------------------------------------------------------------------ the table
+
+
+def _variant(
+    name: str, title: str, precision: str, pads_to: str, build: Callable[..., Run], **options: Any
+) -> Variant:
+    return Variant(
+        name=name, title=title, group=name.removesuffix("-fp32").removesuffix("-bf16"),
+        precision=precision, pads_to=pads_to, build=partial(build, **options),
+        flops=FULL_FLOPS if name.startswith("full") else FROZEN_FLOPS,
+    )  # fmt: skip
+
+
+def _ours(precision: str) -> Variant:
+    return _variant(
+        f"ours-{precision}", f"bitfit: {precision}, packed", precision, "packed", our_step,
+        dtype=precision,
+    )  # fmt: skip
+
+
+def _stock(
+    name: str, title: str, precision: str, build: Callable[..., Run], **options: Any
+) -> Variant:
+    bf16 = precision == "bf16"
+    how = f"{title}: {'bf16 autocast' if bf16 else 'fp32'}, padded to the longest"
+    return _variant(
+        f"{name}-{precision}", how, precision, "longest", build, autocast=bf16, **options
+    )
+
+
+def choose_variants(dtype: str, gflops: dict[str, float], favoured: str) -> list[Variant]:
+    """Return the variants to run, each once for every precision it is measured in.
+
+    Args:
+        dtype: ``auto``, ``fp32`` or ``bf16``: ours runs in fp32, and in bf16 too where that was
+            asked for or, for ``auto``, where it is ``favoured``.
+        gflops: this machine's matrix products by precision. Stock bias training and full
+            fine-tuning run in both all the same; peft in bf16 only where that is not the slower.
+        favoured: the precision that :func:`bitfit.encoder.measure_precision` chose.
+    """
+    both = ("fp32", "bf16")
+    ours = both if dtype == "bf16" or (dtype == "auto" and favoured == "bf16") else both[:1]
+    of_peft = both if gflops["bf16"] >= gflops["fp32"] else both[:1]
+    longest = {"padding": "longest"}
+    released = {"padding": "128", "autocast": False}
+    return [
+        *(_ours(p) for p in ours),
+        _variant("released", "released recipe: fp32, padded to 128", "fp32", "128", bias_step,
+                 terms="released:all", **released),
+        *(_stock("stock", "stock biases", p, bias_step, terms="all", **longest) for p in both),
+        _variant("full-released", "full fine-tuning: fp32, padded to 128", "fp32", "128",
+                 full_step, **released),
+        *(_stock("full", "full fine-tuning", p, full_step, **longest) for p in both),
+        *(_stock("lora", "peft LoRA (r=8, query and value)", p, lora_step) for p in of_peft),
+        *(_stock("beft", "peft BEFT (value biases)", p, beft_step) for p in of_peft),
+    ]  # fmt: skip

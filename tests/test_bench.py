@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitfit.bench import memory, timing, train, variants
+from bitfit.bench.train import make_plan, make_rows
+from bitfit.bench.variants import Run, Variant, choose_variants
+from bitfit.cli import main
+from bitfit.encoder import Encoder
+from bitfit.errors import BitfitError
+
+FAST_FP32 = {"fp32": 50.0, "bf16": 5.0}
+SMALL = ("--tasks", "intent", "--batch-sizes", "4", "--rounds", "1", "--no-memory")
+
+
+@pytest.fixture
+def plan(checkpoint: Callable[..., str]) -> Callable[..., train.Plan]:
+    """A function that plans one round of a small batch on a tiny base of a family."""
+
+    def make(family: str = "bert", **options: Any) -> train.Plan:
+        given = {"tasks": ["intent"], "batch_sizes": [4], "rounds": 1, "memory": False} | options
+        return make_plan(base=checkpoint(family), **given)
+
+    return make
+
+
+def by_name(dtype: str = "bf16") -> dict[str, Variant]:
+    return {v.name: v for v in choose_variants(dtype, {"fp32": 1.0, "bf16": 1.0}, "bf16")}
+
+
+# ------------------------------------------------------------------ which variants
+
+
+def test_the_variants_are_those_that_the_docs_promise() -> None:
+    assert list(by_name()) == [
+        "ours-fp32", "ours-bf16", "released", "stock-fp32", "stock-bf16", "full-released",
+        "full-fp32", "full-bf16", "lora-fp32", "lora-bf16", "beft-fp32", "beft-bf16",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "favoured", "ours"),
+    [
+        ("auto", "fp32", ["ours-fp32"]),
+        ("auto", "bf16", ["ours-fp32", "ours-bf16"]),
+        ("fp32", "bf16", ["ours-fp32"]),
+        ("bf16", "fp32", ["ours-fp32", "ours-bf16"]),
+    ],
+)
+def test_ours_runs_in_bf16_where_asked_for_or_faster(
+    dtype: str, favoured: str, ours: list[str]
+) -> None:
+    found = [v.name for v in choose_variants(dtype, FAST_FP32, favoured)]
+    assert [name for name in found if name.startswith("ours")] == ours
+    assert {"stock-fp32", "stock-bf16", "full-bf16", "lora-fp32"} <= set(found)
+    assert "lora-bf16" not in found  # bf16 products are the slower here
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "deberta-v2"])
+def test_every_variant_trains_what_it_says_and_nothing_else(
+    family: str, plan: Callable[..., train.Plan]
+) -> None:
+    pytest.importorskip("peft")
+    work = plan(family).tables[0].work
+    for variant in by_name().values():
+        run = variant.build(work)
+        frozen = [p for m in run.modules for p in m.parameters()]
+        frozen = [p for p in frozen if not any(p is t for t in run.trained)]
+        before = [p.detach().clone() for p in frozen], [t.detach().clone() for t in run.trained]
+        run.step(0)
+        run.step(1)
+        assert all(torch.equal(a, b) for a, b in zip(frozen, before[0], strict=True)), variant.name
+        moved = [not torch.equal(a, b) for a, b in zip(run.trained, before[1], strict=True)]
+        assert any(moved), variant.name
+        sizes = train.count_bytes(run)
+        assert all(isinstance(value, int) for value in sizes.values())
+        if variant.group == "full":
+            assert not frozen
+
+
+def test_the_optimizer_and_a_checkpoint_are_counted_in_bytes(
+    plan: Callable[..., train.Plan],
+) -> None:
+    run = by_name()["ours-fp32"].build(plan().tables[0].work)
+    numbers = sum(t.numel() for t in run.trained)
+    assert train.count_bytes(run) == {
+        "trained_numbers": numbers, "optimizer_bytes": 8 * numbers, "checkpoint_bytes": 12 * numbers
+    }  # fmt: skip
+
+
+def test_a_released_batch_is_padded_to_128_and_a_stock_one_to_its_longest(
+    plan: Callable[..., train.Plan],
+) -> None:
+    work = plan().tables[0].work
+    model = by_name()["released"].build(work).modules[0]
+    longest = max(map(len, work.batches[0]))
+    for padding, width in (("128", 128), ("longest", longest)):
+        batch = variants._padded(work, work.batches[0], model, padding)
+        assert batch["input_ids"].shape == (4, width)
+        assert int(batch["attention_mask"].sum()) == work.tokens(0)
+
+
+# ------------------------------------------------------------------ arithmetic
+
+
+def test_rows_give_ratios_and_the_share_of_the_roofline() -> None:
+    chosen = [by_name()[n] for n in ("ours-fp32", "released", "stock-fp32", "stock-bf16")]
+    chosen.append(by_name()["full-fp32"])
+    rates = {"ours-fp32": 900.0, "released": 300.0, "stock-fp32": 450.0, "stock-bf16": 600.0}
+    rows = make_rows(chosen, rates, {"fp32": 40.0, "bf16": 80.0}, 10_000_000)
+    ours, released, _, stock, full = rows
+    assert (ours["ratio"], ours["ratio_to_best_stock"]) == (3.0, 1.5)
+    assert ours["roofline_tokens_per_second"] == 1000.0  # 40e9 / (4 * 1e7)
+    assert ours["roofline_fraction"] == 0.9
+    assert released["ratio"] == 1.0
+    assert stock["roofline_fraction"] == 0.3  # of the products in its own precision
+    assert full["roofline_tokens_per_second"] == pytest.approx(40e9 / 6e7)
+    assert (full["tokens_per_second"], full["ratio"], full["roofline_fraction"]) == (None,) * 3
+
+
+def test_the_best_of_a_group_is_the_faster_of_its_precisions() -> None:
+    chosen = list(by_name().values())
+    assert train.fastest(chosen, {"stock-fp32": 2.0, "stock-bf16": 3.0}, "stock") == "stock-bf16"
+    assert train.fastest(chosen, {"stock-fp32": 2.0}, "stock") == "stock-fp32"
+    assert train.fastest(chosen, {}, "full") is None
+
+
+def test_turns_are_interleaved_and_the_first_round_is_not_kept() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def measure(name: str) -> Callable[[int], float]:
+        return lambda turn: calls.append((name, turn)) or float(turn)  # type: ignore[func-returns-value]
+
+    values = timing.in_turns({n: measure(n) for n in "abc"}, 2, once={"c"})
+    assert values == {"a": [1.0, 2.0], "b": [1.0, 2.0], "c": [1.0]}
+    assert calls == [("a", 0), ("b", 0), ("b", 1), ("c", 1), ("a", 1), ("a", 2), ("b", 2)]
+
+
+def test_a_precision_is_slow_where_fp32_is_several_times_faster() -> None:
+    assert timing.slow_precisions({"fp32": 50.0, "bf16": 2.0}) == {"bf16"}
+    assert timing.slow_precisions({"fp32": 165.0, "bf16": 750.0}) == set()  # never fp32 itself
+    assert timing.slow_precisions({"fp32": 50.0, "bf16": 40.0}) == set()
+
+
+def test_the_products_are_those_of_a_frozen_step(open_tiny: Callable[..., Encoder]) -> None:
+    encoder = open_tiny("bert")
+    products = timing.Products(encoder, 20, "fp32")
+    assert products.flops == 4 * 20 * encoder.weights
+    assert products.gflops() > 0
+
+
+def test_the_estimate_counts_padding_and_what_each_variant_needs(
+    plan: Callable[..., train.Plan],
+) -> None:
+    table = plan().tables[0]
+    tokens = sum(table.work.tokens(i) for i in range(len(table.work.batches)))
+
+    def seconds(name: str, slow: tuple[str, ...] = ()) -> float:
+        return train.estimate(1_000_000, [by_name()[name]], [table], {"fp32": 1.0}, slow)
+
+    assert seconds("ours-fp32") == pytest.approx(4e6 * tokens / 0.5e9)
+    padded = 4 * 128 * len(table.work.batches)
+    assert seconds("full-released") == pytest.approx(6e6 * padded / 0.5e9)
+    assert seconds("ours-fp32", ("fp32",)) < seconds("ours-fp32") / 5
+
+
+# ------------------------------------------------------------------ memory
+
+
+@pytest.mark.skipif(not memory.MARK.exists(), reason="Linux only")
+def test_peak_memory_is_that_of_the_steps_and_not_of_loading() -> None:
+    kept: list[torch.Tensor] = []
+
+    def build() -> Run:
+        torch.ones(100_000_000).sum()  # 400 MB, as loading may take
+        return Run(
+            step=lambda _: kept.append(torch.ones(10_000_000)), trained=[],
+            optimizer_state=list, modules=[],
+        )  # fmt: skip
+
+    peak = memory.measure_peak(build, torch.device("cpu"))
+    assert peak == pytest.approx(80_000_000, rel=0.1)
+
+
+@pytest.mark.skipif(not memory.MARK.exists(), reason="Linux only")
+def test_each_variant_is_measured_in_a_process_of_its_own(
+    plan: Callable[..., train.Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = plan().tables[0].work
+    peak = memory.peak_memory(by_name()["ours-fp32"], work)
+    assert peak is not None
+    assert 0 < peak < 500_000_000
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(BitfitError, match="memory of 'released' failed: exit code 1"):
+        memory.peak_memory(by_name()["released"], work)
+
+
+def test_where_there_is_no_mark_the_peak_is_not_known(
+    plan: Callable[..., train.Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "MARK", Path("/none"))
+    work = plan().tables[0].work
+    assert memory.peak_memory(by_name()["released"], work) is None
+    assert not plan(memory=True).memory
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_json_is_one_object_with_machine_versions_and_rows(
+    checkpoint: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["bench", "train", "--base", checkpoint("bert"), *SMALL, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert out.count("\n") == 1
+    report = json.loads(out)
+    assert set(report) == {
+        "command", "hardware", "versions", "base", "encoder_weights", "max_length", "rounds",
+        "sequences_a_turn", "tables",
+    }  # fmt: skip
+    assert report["command"].startswith("bitfit bench train --tasks intent --batch-sizes 4")
+    assert {"cpu", "cores", "threads", "device"} <= set(report["hardware"])
+    assert report["versions"]["torch"] == torch.__version__
+    (table,) = report["tables"]
+    assert (table["task"], table["batch_size"]) == ("intent", 4)
+    assert all(rate > 0 for rate in table["gflops"].values())
+    assert table["best_stock"] in ("stock-fp32", "stock-bf16")
+    rows = {row["variant"]: row for row in table["rows"]}
+    for name in ("ours-fp32", "released", "stock-fp32", "stock-bf16", "full-released", "full-fp32"):
+        row = rows[name]
+        assert row["note"] is None
+        assert row["rounds"] == [row["tokens_per_second"]]
+        bound = row["roofline_tokens_per_second"]
+        assert row["roofline_fraction"] == pytest.approx(row["tokens_per_second"] / bound)
+        flops = 6 if name.startswith("full") else 4
+        rate = table["gflops"][row["precision"]] * 1e9
+        assert bound == pytest.approx(rate / (flops * report["encoder_weights"]))
+        assert row["checkpoint_bytes"] > row["optimizer_bytes"] > row["trained_numbers"] > 0
+        assert row["peak_memory_bytes"] is None
+    assert rows["released"]["ratio"] == 1.0
+    assert rows[table["best_stock"]]["ratio_to_best_stock"] == 1.0
+    assert re.search(r"variants on intent at 4: 1 round and one to warm up, .* About ", err)
+
+
+def test_without_peft_its_rows_say_that_it_is_not_installed(
+    checkpoint: Callable[..., str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code = main(["bench", "train", "--base", checkpoint("bert"), *SMALL, "--quiet"])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    rows = [line for line in out.splitlines() if line.startswith("peft ")]
+    assert [row.split(":")[0] for row in rows] == [
+        "peft LoRA (r=8, query and value)", "peft BEFT (value biases)",
+    ]  # fmt: skip
+    assert all("not installed: pip install 'bitfit[bench]'" in row for row in rows)
+    assert "bitfit: fp32, packed" in out
+    assert "the best stock: stock biases" in out
+
+
+def test_an_older_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        __version__ = "0.17.0"
+
+    monkeypatch.setitem(sys.modules, "peft", Old())
+    with pytest.raises(variants.Unavailable, match=r"peft 0\.17\.0 has no BeftConfig"):
+        variants._peft("BeftConfig")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch-sizes", "8,x"], "expected numbers from 1 up"),
+        (["--batch-sizes", "0"], "expected numbers from 1 up"),
+        (["--tasks", "mrpc"], "give --data with the GLUE folder"),
+        (["--data", ".", "--tasks", "squad"], "'squad' is span"),
+        (["--data", ".", "--tasks", "mrcp"], "mrpc"),
+        (["--rounds", "0"], "--rounds"),
+        (["--dtype", "fp8"], "dtype 'fp8'"),
+        (["--no-such"], "no-such"),
+    ],
+)
+def test_misuse_is_refused_before_anything_runs(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "train", *words]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert message in err
+
+
+def test_the_lengths_of_real_tasks_are_read(
+    real_data: Callable[..., Path], plan: Callable[..., train.Plan]
+) -> None:
+    found = plan(data=str(real_data("glue_data")), tasks=["mrpc", "stsb"], batch_sizes=[8, 32])
+    assert [(t.work.task.name, t.batch_size, t.steps) for t in found.tables] == [
+        ("mrpc", 8, 5), ("mrpc", 32, 1), ("stsb", 8, 5), ("stsb", 32, 1),
+    ]  # fmt: skip
+    assert all(len(b) == t.batch_size for t in found.tables for b in t.work.batches)
+    assert found.tables[0].mean_tokens > found.tables[2].mean_tokens
+
+
+def test_help_says_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 0
+    assert "train" in capsys.readouterr().out
+    assert main(["bench", "train", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "real (not padding) tokens per second" in out
+    assert "<bool>" not in out
+
+
+def test_the_machine_is_described() -> None:
+    found = timing.describe_machine(torch.device("cpu"))
+    assert found["cores"] == os.cpu_count()
+    assert found["threads"] == torch.get_num_threads()
+    assert timing.describe_versions()["bitfit"]
