@@ -36,7 +36,6 @@ def run_all(threads: int) -> None:
                 outcome = bitfit.finetune(
                     encoder, data=str(folder / f"{task}.train.csv"), name=task, recipe=recipe,
                     dev=str(folder / f"{task}.dev.csv"), epochs=EPOCHS, seed=seed, threads=threads,
-                    learning_rate=1e-3,
                 )  # fmt: skip
                 with RESULTS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(outcome.to_json()) + "\n")

@@ -7,6 +7,7 @@ import torch
 from test_training import make_lane
 
 from bitfit.batches import make_features
+from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.errors import BitfitError, TrainingDiverged, UsageError
 from bitfit.heads import make_head
 from bitfit.inference import TaskHead, compute_logits
@@ -255,3 +256,25 @@ def test_memory_bounds_the_number_of_lanes(open_tiny, monkeypatch):
     monkeypatch.setattr("bitfit.training.lane_count.free_memory", lambda device: 0)
     assert not list(measure_lane_counts(encoder, lanes))
     assert choose_lane_count(encoder, lanes) == 1
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "electra", "mpnet"])
+def test_low_memory_gives_the_same_numbers_and_keeps_less(family, open_tiny):
+    """Layers are computed again with the rows and the dropout masks they had."""
+    found, kept = [], []
+    for low_memory in (False, True):
+        encoder = open_tiny(family)
+        encoder.low_memory = low_memory
+        lanes = [make_lane(encoder, seed=i, epochs=1) for i in range(2)]
+        train(encoder, lanes, 2 if encoder.packed else 1)
+        found.append([lane.best[0] for lane in lanes])
+        layout, batch = lanes[0].layout, lanes[0].next_batch()
+        row, sizes = torch.zeros(1, layout.n, requires_grad=True), []
+        dropout = StepDropout([(DropoutBits(0, 1, encoder.device), batch)])
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            encoder.encode(batch, layout.split(row), None, dropout)
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < 0.3 * kept[0]

@@ -14,7 +14,7 @@ LAYERS = (
     {"metrics", "data", "terms", "identity"},
     {"bank", "base", "batches"},
     {"dropout", "leaves"},
-    {"attention"},
+    {"attention", "recompute"},
     {"encoder", "taskfile", "comparison"},
     {"heads", "inference"},
     {"model", "tuned"},

@@ -52,6 +52,15 @@ class StepDropout:
         """A seed for generators that are not ours; it is the first run's."""
         return self.parts[0][0].seed
 
+    def places(self) -> list[Tensor]:
+        """Return where each run's random bits are, for :meth:`move_to`."""
+        return [bits.generator.get_state() for bits, _ in self.parts]
+
+    def move_to(self, places: Sequence[Tensor]) -> None:
+        """Take the random bits back, or on, to where they were: the same masks are drawn again."""
+        for (bits, _), place in zip(self.parts, places, strict=True):
+            bits.generator.set_state(place)
+
     def drop(self, x: Tensor, rate: float) -> Tensor:
         """Return ``x`` ``(1, T, d)``, or of any shape where there is one run, partly dropped."""
         if len(self.parts) == 1:

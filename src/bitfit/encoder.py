@@ -42,6 +42,7 @@ from bitfit.leaves import (
     swap_leaves,
     swapped,
 )
+from bitfit.recompute import recompute_layers
 from bitfit.terms import Site
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,6 +76,7 @@ class Encoder:
         self._lock = threading.RLock()
         self._accepts = set(inspect.signature(self.model.forward).parameters)
         swap_leaves(self.model, "", self.state)
+        recompute_layers(self.model, self.state)
         if self.pooler is not None:
             self.pooler = swapped(self.pooler, "pooler", self.state)
             swap_leaves(self.pooler, "pooler.", self.state)
@@ -89,6 +91,15 @@ class Encoder:
     def hidden_size(self) -> int:
         """The length of a hidden state."""
         return int(self.base.config.hidden_size)
+
+    @property
+    def low_memory(self) -> bool:
+        """Whether training keeps only the input of each layer and computes the layer again."""
+        return self.state.recompute
+
+    @low_memory.setter
+    def low_memory(self, wanted: bool) -> None:
+        self.state.recompute = wanted
 
     def clamp_length(self, max_length: int) -> int:
         """Return ``max_length``, or what the base's position table holds where that is less."""

@@ -6,7 +6,8 @@ They are swapped in for a transformers model's own Linear, LayerNorm and Dropout
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -80,6 +81,36 @@ class ForwardState:
     """The row of each element of a leaf's token axis; None: all use row 0."""
     dropout: StepDropout | None = None
     """None: evaluation."""
+    recompute: bool = False
+    """Keep only the input of each layer, and compute it again in the backward pass."""
+
+    def snapshot(self) -> Snapshot:
+        """Return what a layer that is computed again must find."""
+        places = None if self.dropout is None else self.dropout.places()
+        return Snapshot(self.shifts, self.index, self.dropout, places)
+
+    @contextmanager
+    def returned_to(self, seen: Snapshot) -> Iterator[None]:
+        """Return a context in which all is as it was at a snapshot, random bits included."""
+        now = self.shifts, self.index, self.dropout
+        self.shifts, self.index, self.dropout = seen.shifts, seen.index, seen.dropout
+        if seen.dropout is not None and seen.places is not None:
+            seen.dropout.move_to(seen.places)
+        try:
+            yield
+        finally:
+            self.shifts, self.index, self.dropout = now
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment of a :class:`ForwardState`."""
+
+    shifts: Mapping[str, Tensor]
+    index: RowIndex | None
+    dropout: StepDropout | None
+    places: Sequence[Tensor] | None
+    """Where each run's random bits were."""
 
 
 class _LinearByRow(torch.autograd.Function):

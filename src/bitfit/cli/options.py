@@ -158,7 +158,7 @@ HubRevision: TypeAlias = Annotated[
 LearningRate: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--lr", help="A number, or auto: the paper's four rates, chosen on dev (default: 1e-3)",
+        "--lr", help="A number, or auto: the paper's four rates, chosen on dev (default: the recipe's)",
         rich_help_panel=TRAINING,
     ),
 ]  # fmt: skip
@@ -298,6 +298,14 @@ Device: TypeAlias = Annotated[
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(help="CPU threads.", min=1, rich_help_panel=MACHINE)
 ]
+LowMemory: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory", rich_help_panel=MACHINE,
+        help="Compute each layer again in the backward pass: less memory, the same numbers, "
+        "about a third more time.",
+    ),
+]  # fmt: skip
 Lanes: TypeAlias = Annotated[
     str,
     typer.Option(

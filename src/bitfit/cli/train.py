@@ -51,6 +51,7 @@ def train(
     device: options.Device = "auto",
     threads: options.Threads = None,
     lanes: options.Lanes = "auto",
+    low_memory: options.LowMemory = False,
     dry_run: options.DryRun = False,
     log: options.Log = None,
     tensorboard: options.TensorBoard = None,
