@@ -9,10 +9,12 @@ import torch
 import bitfit
 from bitfit.base import encoder_tensors, load_base
 from bitfit.batches import make_features
+from bitfit.calibration import expected_calibration_error, fit_temperature, probabilities
 from bitfit.errors import BitfitError, NoBiases, TrainingDiverged, TrainingInterrupted, UsageError
 from bitfit.heads import make_head
 from bitfit.tasks import Task, TextExample
 from bitfit.training.methods import MatrixMethod, make_method, random_masks
+from bitfit.training.outputs import calibrate
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
 from bitfit.training.train import AdamW, Split, StepDone, Trainer, clip_gradients, learning_rate_at
 
@@ -502,6 +504,74 @@ def test_enough_dev_rows_are_calibrated(checkpoint, tmp_path):
     calibration = outcome.file.calibration
     assert 0 <= calibration["ece_after"] <= 1
     assert 0 <= calibration["ece_before"] <= 1
+
+
+def noisy_rows(kind, count):
+    """Rows whose answers are what the first word says, but for one in five."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        words = [("bad", "good")[i % 2], *random.choice("film bike was very late".split(), 3)]
+        flip = random.random() < 0.2
+        if kind == "tokens":
+            tags = ["ADJ" if (w in ("bad", "good", "late")) != flip else "X" for w in words]
+            rows.append({"words": words, "labels": tags})
+        else:
+            labels = (["praise"] if (i % 2 == 1) != flip else []) + ["late"] * ("late" in words)
+            rows.append({"text": " ".join(words), "label": labels})
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "tokens"])
+def test_several_labels_and_labels_per_word_are_calibrated(kind, checkpoint, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in noisy_rows(kind, 150)), encoding="utf-8")
+    options = {"epochs": 8, "learning_rate": 2e-2, "dtype": "fp32", "pooling": "mean"}
+    outcome = bitfit.finetune(
+        checkpoint(), data=path, dev_fraction=0.4, out=tmp_path / "task", **options
+    )
+    file, trainer = outcome.file, outcome.trainer
+    assert file.task.kind == kind
+    assert 0.05 < file.temperature < 20
+    assert set(file.calibration) == {"ece_before", "ece_after"}
+    # The temperature is the likeliest, and it is what predict divides by.
+    _, logits = trainer.evaluate(trainer.dev)
+    if kind == "tokens":
+        logits, answers = np.concatenate(logits), np.concatenate(
+            [e.labels for e in trainer.dev.examples]
+        )  # fmt: skip
+    else:
+        answers = np.array([[i in e.label for i in (0, 1)] for e in trainer.dev.examples], int)
+    assert file.temperature == fit_temperature(logits, answers)
+    shares = probabilities(logits, file.temperature, multilabel=kind == "multilabel")
+    assert file.calibration["ece_after"] == expected_calibration_error(shares, answers)
+    model = bitfit.load(tmp_path / "task", base=checkpoint(), dtype="fp32")
+    found = model.predict(trainer.dev.examples)
+    if kind == "tokens":
+        confidences = np.concatenate([p.confidences for p in found])
+        np.testing.assert_allclose(confidences, shares.max(axis=1), atol=1e-5)
+    else:
+        np.testing.assert_allclose([list(p.scores.values()) for p in found], shares, atol=1e-5)
+
+
+def test_words_that_were_cut_calibrate_nothing(checkpoint, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = noisy_rows("tokens", 150)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    options = {"epochs": 1, "learning_rate": 1e-3, "dtype": "fp32", "max_length": 4}
+    trainer = bitfit.finetune(checkpoint(), data=path, dev_fraction=0.4, **options).trainer
+    _, logits = trainer.evaluate(trainer.dev)
+    assert {len(rows) for rows in logits} == {2}
+    temperature, _ = calibrate(trainer.task, trainer.dev, logits)
+    answers = np.concatenate([e.labels[:2] for e in trainer.dev.examples])
+    assert temperature == fit_temperature(np.concatenate(logits), answers)
+
+
+@pytest.mark.parametrize("kind", ["regression", "span"])
+def test_numbers_and_spans_are_not_calibrated(kind):
+    examples = [TextExample("a", label=1.0)] * 60
+    task = Task(name="x", kind=kind, is_pair=kind == "span")
+    assert calibrate(task, Split(examples, None), [np.ones(1)] * 60) == (None, None)
 
 
 def test_full_saves_an_ordinary_checkpoint_and_leaves_the_base(checkpoint, tickets, tmp_path):

@@ -12,6 +12,7 @@ from typing import IO, Any
 import torch
 from rich.progress import Progress, TextColumn
 
+from bitfit.calibration import CALIBRATED_KINDS
 from bitfit.cli import console, options
 from bitfit.data import DataConfig, read_dataset
 from bitfit.data.files import project_name
@@ -367,8 +368,8 @@ def show_outcome(outcome: Outcome) -> None:
 def calibration_line(
     kind: str, temperature: float | None, found: Mapping[str, float] | None, dev_rows: int | None
 ) -> str | None:
-    """Return what to say of a task's calibration, which classification only has."""
-    if kind != "classification":
+    """Return what to say of a task's calibration; None for numbers and spans, which have none."""
+    if kind not in CALIBRATED_KINDS:
         return None
     if temperature is None:
         if dev_rows is None:
