@@ -30,6 +30,7 @@ class _Raw:
     task: Task
     splits: Mapping[str, Sequence[Example]]
     columns: Mapping[str, str]
+    kind_seen_from: str | None = None
 
 
 def read_dataset(config: DataConfig) -> Dataset:
@@ -151,8 +152,8 @@ def _from_tables(
         separator=config.label_separator,
         task=task,
     )
-    task, splits, columns = read_tables(tables, spec, guard)
-    return _Raw(task, splits, columns.named())
+    task, splits, columns, seen_from = read_tables(tables, spec, guard)
+    return _Raw(task, splits, columns.named(), seen_from)
 
 
 def _from_sentences(layout: Layout, config: DataConfig, guard: RowGuard) -> _Raw:
@@ -222,4 +223,5 @@ def _finished(
         sources={split: sources[split] for split in kept},
         columns=raw.columns,
         held_out=held_out,
+        kind_seen_from=raw.kind_seen_from,
     )

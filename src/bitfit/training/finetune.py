@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from bitfit.batches import make_features
-from bitfit.data import DataConfig, dataset_hash, read_dataset
+from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
 from bitfit.encoder import DTYPES, Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted, UsageError
 from bitfit.heads import make_head
@@ -31,6 +31,13 @@ from bitfit.training.train import EpochDone, Split, StepDone, Trainer
 
 
 @dataclass(frozen=True)
+class DataRead:
+    """The rows are there, and nothing else yet."""
+
+    dataset: Dataset
+
+
+@dataclass(frozen=True)
 class RunStarted:
     """Training begins, or begins again with the next of several rates."""
 
@@ -46,7 +53,7 @@ class RunStarted:
     total_steps: int
 
 
-Event: TypeAlias = RunStarted | StepDone | EpochDone
+Event: TypeAlias = DataRead | RunStarted | StepDone | EpochDone
 
 
 def finetune(
@@ -93,7 +100,7 @@ def finetune(
         train_score: also score the training rows (the paper's generalization gap).
         licence: licence of the task file, kept in it.
         description: a model card in free text, kept in the file.
-        on_event: told of every step and epoch.
+        on_event: told of the data that was read, and of every step and epoch.
         should_stop: asked after every step; True saves a checkpoint and ends.
         **options: fields of :class:`DataConfig` (``task``, ``text``, ``label``, ``limit``, ...) and
             of :class:`TrainConfig` (``epochs``, ``terms``, ``method``, ``seed``, ...).
@@ -118,6 +125,8 @@ def finetune(
         torch.set_num_threads(threads or before["threads"])
 
     dataset = read_dataset(data_config)
+    if on_event is not None:
+        on_event(DataRead(dataset))
     task = dataset.task if name is None else dataclasses.replace(dataset.task, name=name)
     if dtype == "auto" and "dtype" in before:
         dtype = before["dtype"]
