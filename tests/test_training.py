@@ -10,7 +10,14 @@ import bitfit
 from bitfit.base import encoder_tensors, load_base
 from bitfit.batches import make_features
 from bitfit.calibration import expected_calibration_error, fit_temperature, probabilities
-from bitfit.errors import BitfitError, NoBiases, TrainingDiverged, TrainingInterrupted, UsageError
+from bitfit.errors import (
+    BitfitError,
+    DataError,
+    NoBiases,
+    TrainingDiverged,
+    TrainingInterrupted,
+    UsageError,
+)
 from bitfit.heads import make_head
 from bitfit.tasks import Task, TextExample
 from bitfit.training.methods import MatrixMethod, make_method, random_masks
@@ -586,6 +593,19 @@ def test_full_saves_an_ordinary_checkpoint_and_leaves_the_base(checkpoint, ticke
     tuned = AutoModel.from_pretrained(tmp_path / "full").state_dict()
     assert any(not torch.equal(tuned[k], before[k]) for k in before)
     assert bitfit.open_encoder(str(tmp_path / "full")).base.pooler is not None
+
+
+def test_training_reads_no_test_split(checkpoint, tickets, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.csv").write_bytes(tickets.read_bytes())
+    (folder / "dev.csv").write_bytes(tickets.read_bytes())
+    (folder / "test.csv").write_text("body,intent\nthe film,unheard of\n", encoding="utf-8")
+    outcome = run(checkpoint, folder, epochs=1)
+    assert outcome.to_json()["rows"] == {"train": 60, "dev": 60}
+    run(checkpoint, tickets, test=folder / "test.csv", epochs=1)
+    with pytest.raises(DataError, match=r"test\.csv:2: label"):  # who asks for it gets it
+        run(checkpoint, folder, epochs=1, splits=("train", "dev", "test"))
 
 
 def test_random_saves_indices_and_values(checkpoint, tickets, tmp_path):

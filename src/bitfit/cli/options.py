@@ -109,7 +109,8 @@ Dev: TypeAlias = Annotated[
     ),
 ]
 Test: TypeAlias = Annotated[
-    str | None, typer.Option(help="File of the test split.", rich_help_panel=DATA)
+    str | None,
+    typer.Option(help="File of the test split; training does not read it.", rich_help_panel=DATA),
 ]
 DataFormat: TypeAlias = Annotated[
     str,

@@ -124,7 +124,7 @@ def finetune(
     if threads or "threads" in before:
         torch.set_num_threads(threads or before["threads"])
 
-    dataset = read_dataset(data_config)
+    dataset = read_dataset(data_config, with_test=False)
     if on_event is not None:
         on_event(DataRead(dataset))
     task = dataset.task if name is None else dataclasses.replace(dataset.task, name=name)
