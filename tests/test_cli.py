@@ -177,6 +177,28 @@ def test_dry_run_says_what_would_be_trained_and_writes_nothing(
     assert "moods.csv:42" in out
 
 
+def test_numbers_taken_as_measures_are_said_first_with_the_way_out(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data = tmp_path / "rooms.csv"
+    data.write_text("text,label\n" + "".join(f"the film {i},{i % 25}\n" for i in range(50)))
+    arguments = ("train", "--base", base, "--data", data, "--out", tmp_path / "x.safetensors",
+                 *QUICK)  # fmt: skip
+    said = 'column "label" holds 25 different numbers: read as regression'
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    first = err.splitlines()[0]
+    assert first.startswith(said)
+    assert first.endswith("--kind classification takes them as classes")
+    assert said in run(*arguments, "--dry-run")[2]
+    code, out, err = run(*arguments, "--kind", "classification", "--json")
+    assert code == 0, err
+    assert "read as" not in err
+    assert json.loads(out)["metric"] == "accuracy"
+    for quiet_or_named in (("-q",), ("--kind", "regression")):
+        assert "read as" not in run(*arguments, *quiet_or_named)[2]
+
+
 def test_skipped_rows_are_counted_and_listed(tmp_path: Path, base: str, run: Run) -> None:
     data = write_rows(tmp_path / "moods.csv")
     with data.open("a") as file:

@@ -140,11 +140,22 @@ def test_given_labels_keep_their_order(tmp_path: Path) -> None:
     assert read(numbers, labels=list(map(str, range(30)))).task.kind == "classification"
 
 
-@pytest.mark.parametrize("answers", [["0.5", "1", "2"], [str(i) for i in range(21)]])
-def test_measured_numbers_are_regression(tmp_path: Path, answers: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        (["0.5", "1", "2"], "numbers with a fraction"),
+        ([str(i) for i in range(21)], "21 different numbers"),
+    ],
+)
+def test_measured_numbers_are_regression_and_the_reason_is_kept(
+    tmp_path: Path, answers: list[str], reason: str
+) -> None:
     rows = "".join(f"t,{a}\n" for a in answers)
     data = read(write(tmp_path, "t.csv", "text,score\n" + rows))
     assert data.task.kind == "regression"
+    assert data.kind_seen_from == f'column "score" holds {reason}'
+    named = read(tmp_path / "t.csv", kind="regression")
+    assert (named.task.kind, named.kind_seen_from) == ("regression", None)
     assert [e.label for e in data.splits["train"]] == [float(a) for a in answers]
 
 

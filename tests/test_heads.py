@@ -138,6 +138,25 @@ def test_regression_is_the_squared_error_on_the_raw_value():
     assert batch_loss(head, torch.tensor([[2.0]]), batch).item() == 9.0
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2.0, 3.0])])
+def test_a_batch_without_a_word_left_has_no_loss_and_moves_nothing(weights, open_tiny):
+    encoder = open_tiny()
+    head = make_head(TAGS, encoder)
+    flat = head.init(0).requires_grad_()
+    ids = np.array([2, 5, 3])
+    features = [
+        Feature(ids, ids * 0, i, label=np.array([1, 2]), word_starts=np.array([-1, -1]))
+        for i in (0, 1)
+    ]
+    batch = pack(features)
+    vectors, _ = head_inputs(encoder, head, encoder.encode(batch, {}), batch, {})
+    loss = batch_loss(head, head_logits(head, head.split(flat), vectors, None), batch, weights)
+    assert loss.shape == ()
+    assert loss.item() == 0
+    loss.backward()
+    assert torch.equal(flat.grad, torch.zeros_like(flat))
+
+
 def test_class_weights_shift_the_mean():
     head = Head(kind="classification", num_outputs=2, hidden_size=4, pooling="cls", style="linear",
                 dropout_rate=0.1)  # fmt: skip

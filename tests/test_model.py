@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -9,8 +10,9 @@ import torch
 from transformers import BertForSequenceClassification
 
 import bitfit
+from bitfit.calibration import probabilities
 from bitfit.errors import TaskFileError, UnknownTask, UsageError, WrongBase, WrongTokenizer
-from bitfit.tasks import TextExample
+from bitfit.tasks import TextExample, TokenExample
 
 TEXTS = ["good film", "bad bike", "the order is late", "very nice"]
 
@@ -122,6 +124,45 @@ def test_low_confidence_abstains(files, checkpoint):
     assert [p.confidence for p in unsure] == [p.confidence for p in sure]
     for p in sure:
         assert sum(p.scores.values()) == pytest.approx(1)
+
+
+def test_words_below_the_limit_get_no_label(files, checkpoint):
+    file = dataclasses.replace(bitfit.TaskFile.load(files["words"]), temperature=3.0)
+    model = bitfit.Model(bitfit.open_encoder(checkpoint(), "fp32"))
+    model.add(file)
+    words = "good bad film bike late nice".split() * 4  # 14 of them fit in 16 tokens
+    sure = model.predict([" ".join(words)])[0]
+    _, [logits] = model.logits([TokenExample(tuple(words))], ["words"])
+    assert sure.confidences[:14] == pytest.approx(probabilities(logits, 3.0).max(axis=1))
+    assert sure.confidences[14:] == (0.0,) * 10
+    assert sure.labels[14:] == ("",) * 10
+    limit = sorted(sure.confidences[:14])[7]
+    unsure = model.predict([" ".join(words)], min_confidence=limit)[0]
+    assert unsure.confidences == sure.confidences
+    assert unsure.labels == tuple(
+        label if p >= limit else "" for label, p in zip(sure.labels, sure.confidences, strict=True)
+    )
+    assert 0 < unsure.text.split().count("?") - 10 < 14
+
+
+def test_of_several_labels_those_below_the_limit_are_left_out(files, checkpoint):
+    file = bitfit.TaskFile.load(files["topic"])
+    task = dataclasses.replace(file.task, kind="multilabel", metrics=("f1_micro",))
+    model = bitfit.Model(bitfit.open_encoder(checkpoint(), "fp32"))
+    model.add(dataclasses.replace(file, task=task, temperature=None), "raw")
+    model.add(dataclasses.replace(file, task=task, temperature=2.0), "calm")
+    raw, calm = (model.predict(TEXTS, task=name) for name in ("raw", "calm"))
+    assert [p.labels for p in raw] == [p.labels for p in calm]  # one half stays one half
+    assert any(p.labels for p in raw)
+    for a, b in zip(raw, calm, strict=True):
+        for label, p in a.scores.items():
+            assert math.log(p / (1 - p)) / 2 == pytest.approx(
+                math.log(b.scores[label] / (1 - b.scores[label])), abs=1e-4
+            )
+    limit = max(p for answer in calm for p in answer.scores.values())
+    limited = model.predict(TEXTS, task="calm", min_confidence=limit)
+    assert sum(len(p.labels) for p in limited) == 1
+    assert [p.scores for p in limited] == [p.scores for p in calm]
 
 
 def test_inputs_that_do_not_fit_are_refused(files, checkpoint):

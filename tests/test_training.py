@@ -9,11 +9,20 @@ import torch
 import bitfit
 from bitfit.base import encoder_tensors, load_base
 from bitfit.batches import make_features
-from bitfit.errors import BitfitError, NoBiases, TrainingDiverged, TrainingInterrupted, UsageError
+from bitfit.calibration import expected_calibration_error, fit_temperature, probabilities
+from bitfit.errors import (
+    BitfitError,
+    DataError,
+    NoBiases,
+    TrainingDiverged,
+    TrainingInterrupted,
+    UsageError,
+)
 from bitfit.heads import make_head
 from bitfit.tasks import Task, TextExample
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import MatrixMethod, choose_layout, make_method, random_masks
+from bitfit.training.outputs import calibrate
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
 from bitfit.training.train import AdamW, StepDone, Trainer, learning_rate_at, step_size
 
@@ -525,6 +534,75 @@ def test_enough_dev_rows_are_calibrated(checkpoint, tmp_path):
     assert 0 <= calibration["ece_before"] <= 1
 
 
+def noisy_rows(kind, count):
+    """Rows whose answers are what the first word says, but for one in five."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        words = [("bad", "good")[i % 2], *random.choice("film bike was very late".split(), 3)]
+        flip = random.random() < 0.2
+        if kind == "tokens":
+            tags = ["ADJ" if (w in ("bad", "good", "late")) != flip else "X" for w in words]
+            rows.append({"words": words, "labels": tags})
+        else:
+            labels = (["praise"] if (i % 2 == 1) != flip else []) + ["late"] * ("late" in words)
+            rows.append({"text": " ".join(words), "label": labels})
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "tokens"])
+def test_several_labels_and_labels_per_word_are_calibrated(kind, checkpoint, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in noisy_rows(kind, 150)), encoding="utf-8")
+    options = {"epochs": 8, "learning_rate": 2e-2, "dtype": "fp32", "pooling": "mean"}
+    outcome = bitfit.finetune(
+        checkpoint(), data=path, dev_fraction=0.4, out=tmp_path / "task", **options
+    )
+    file, trainer, lane = outcome.file, outcome.trainer, outcome.lane
+    assert file.task.kind == kind
+    assert 0.05 < file.temperature < 20
+    assert set(file.calibration) == {"ece_before", "ece_after"}
+    # The temperature is the likeliest, and it is what predict divides by.
+    _, logits = trainer.evaluate(lane, lane.dev)
+    if kind == "tokens":
+        logits, answers = np.concatenate(logits), np.concatenate(
+            [e.labels for e in lane.dev.examples]
+        )  # fmt: skip
+    else:
+        answers = np.array([[i in e.label for i in (0, 1)] for e in lane.dev.examples], int)
+    assert file.temperature == fit_temperature(logits, answers)
+    shares = probabilities(logits, file.temperature, multilabel=kind == "multilabel")
+    assert file.calibration["ece_after"] == expected_calibration_error(shares, answers)
+    model = bitfit.load(tmp_path / "task", base=checkpoint(), dtype="fp32")
+    found = model.predict(lane.dev.examples)
+    if kind == "tokens":
+        confidences = np.concatenate([p.confidences for p in found])
+        np.testing.assert_allclose(confidences, shares.max(axis=1), atol=1e-5)
+    else:
+        np.testing.assert_allclose([list(p.scores.values()) for p in found], shares, atol=1e-5)
+
+
+def test_words_that_were_cut_calibrate_nothing(checkpoint, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = noisy_rows("tokens", 150)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    options = {"epochs": 1, "learning_rate": 1e-3, "dtype": "fp32", "max_length": 4}
+    outcome = bitfit.finetune(checkpoint(), data=path, dev_fraction=0.4, **options)
+    trainer, lane = outcome.trainer, outcome.lane
+    _, logits = trainer.evaluate(lane, lane.dev)
+    assert {len(rows) for rows in logits} == {2}
+    temperature, _ = calibrate(lane.task, lane.dev, logits)
+    answers = np.concatenate([e.labels[:2] for e in lane.dev.examples])
+    assert temperature == fit_temperature(np.concatenate(logits), answers)
+
+
+@pytest.mark.parametrize("kind", ["regression", "span"])
+def test_numbers_and_spans_are_not_calibrated(kind):
+    examples = [TextExample("a", label=1.0)] * 60
+    task = Task(name="x", kind=kind, is_pair=kind == "span")
+    assert calibrate(task, Split(examples, None), [np.ones(1)] * 60) == (None, None)
+
+
 def test_full_saves_an_ordinary_checkpoint_and_leaves_the_base(checkpoint, tickets, tmp_path):
     from transformers import AutoModel
 
@@ -537,6 +615,19 @@ def test_full_saves_an_ordinary_checkpoint_and_leaves_the_base(checkpoint, ticke
     tuned = AutoModel.from_pretrained(tmp_path / "full").state_dict()
     assert any(not torch.equal(tuned[k], before[k]) for k in before)
     assert bitfit.open_encoder(str(tmp_path / "full")).base.pooler is not None
+
+
+def test_training_reads_no_test_split(checkpoint, tickets, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.csv").write_bytes(tickets.read_bytes())
+    (folder / "dev.csv").write_bytes(tickets.read_bytes())
+    (folder / "test.csv").write_text("body,intent\nthe film,unheard of\n", encoding="utf-8")
+    outcome = run(checkpoint, folder, epochs=1)
+    assert outcome.to_json()["rows"] == {"train": 60, "dev": 60}
+    run(checkpoint, tickets, test=folder / "test.csv", epochs=1)
+    with pytest.raises(DataError, match=r"test\.csv:2: label"):  # who asks for it gets it
+        run(checkpoint, folder, epochs=1, splits=("train", "dev", "test"))
 
 
 def test_random_saves_indices_and_values(checkpoint, tickets, tmp_path):

@@ -19,6 +19,8 @@ Floats = NDArray[np.float64]
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 """Where a temperature is looked for: a perfect dev score would drive it to zero without a bound."""
+CALIBRATED_KINDS = ("classification", "multilabel", "tokens")
+"""The kinds of task whose answers are probabilities; a number or a span is given without one."""
 
 
 def probabilities(

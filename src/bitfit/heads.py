@@ -150,7 +150,8 @@ def batch_loss(
     """Return the mean loss of a batch, a 0-d tensor.
 
     Cross entropy; mean squared error on the raw value for regression (as the released code does
-    for STS-B); binary cross entropy for multilabel; the mean of start and end for spans.
+    for STS-B); binary cross entropy for multilabel; the mean of start and end for spans. A batch
+    of which no word is left has the loss 0.
 
     Args:
         head: whose logits they are.
@@ -170,6 +171,8 @@ def batch_loss(
             target[row, list(indices)] = 1.0
         return F.binary_cross_entropy_with_logits(logits, target)
     if head.kind == "tokens":
+        if not len(logits):  # every word was cut off: the mean of nothing would be NaN
+            return logits.sum()
         words = [f.label[f.word_starts >= 0] for f in batch.features if f.word_starts is not None]
         target = torch.from_numpy(np.concatenate(words)).to(logits.device)
         return F.cross_entropy(logits, target, class_weights)

@@ -37,9 +37,14 @@ class Prediction:
     confidence: float | None = None
     """classification: calibrated probability of the best label, 0 to 1."""
     scores: dict[str, float] | None = None
-    """Probability of each label (classification, multilabel)."""
+    """Calibrated probability of each label (classification, multilabel)."""
     labels: tuple[str, ...] | None = None
-    """multilabel: the labels above one half; tokens: one label per word, "" where it was cut."""
+    """multilabel: the labels above one half; tokens: one per word, "" where it was cut.
+
+    Labels below the limit are left out, of tokens "" is in their place.
+    """
+    confidences: tuple[float, ...] | None = None
+    """tokens: calibrated probability of each word's best label, 0 where the word was cut."""
     value: float | None = None
     """regression: the number."""
     answer: str | None = None
@@ -154,7 +159,8 @@ class Model:
         Args:
             texts: strings, pairs of strings, or examples. Span tasks take (question, context).
             task: one task for all, or one per text; None where the model holds one task.
-            min_confidence: classification below this calibrated probability gives no label.
+            min_confidence: no label is given below this calibrated probability: of a text, of
+                several labels each, of tokens each word's. Numbers and spans have none.
 
         Raises:
             UnknownTask: a task that is not in the model. Never answered by the base.
@@ -345,9 +351,9 @@ def _predict_one(
     logits: Logits,
     min_confidence: float,
 ) -> Prediction:
-    task = file.task
+    task, temperature = file.task, file.temperature or 1.0
     if task.kind == "classification":
-        chances = probabilities(logits[None].astype(np.float64), file.temperature or 1.0)[0]
+        chances = probabilities(logits, temperature)
         best = int(chances.argmax())
         confidence = float(chances[best])
         scores = {label: float(p) for label, p in zip(task.labels, chances, strict=True)}
@@ -356,15 +362,20 @@ def _predict_one(
     if task.kind == "regression":
         return Prediction(task=name, value=float(logits[0]))
     if task.kind == "multilabel":
-        chances = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        chances = probabilities(logits, temperature, multilabel=True)
         scores = {label: float(p) for label, p in zip(task.labels, chances, strict=True)}
-        chosen = tuple(label for label, p in scores.items() if p > 0.5)
+        chosen = tuple(label for label, p in scores.items() if p > 0.5 and p >= min_confidence)
         return Prediction(task=name, labels=chosen, scores=scores)
     if task.kind == "tokens":
+        assert feature.word_starts is not None
+        confidences = np.zeros(len(feature.word_starts))
+        confidences[feature.word_starts >= 0] = probabilities(logits, temperature).max(axis=1)
         tags = read_predictions(task, [example], [feature], [logits])[0]
-        return Prediction(
-            task=name, labels=tuple(task.labels[tag] if tag >= 0 else "" for tag in tags)
+        labels = tuple(
+            task.labels[tag] if tag >= 0 and p >= min_confidence else ""
+            for tag, p in zip(tags, confidences, strict=True)
         )
+        return Prediction(task=name, labels=labels, confidences=tuple(confidences.tolist()))
     assert isinstance(example, SpanExample)
     _, begin, end = best_span(feature, logits)
     return Prediction(task=name, answer=example.context[begin:end], start=begin)

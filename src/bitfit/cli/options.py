@@ -109,7 +109,8 @@ Dev: TypeAlias = Annotated[
     ),
 ]
 Test: TypeAlias = Annotated[
-    str | None, typer.Option(help="File of the test split.", rich_help_panel=DATA)
+    str | None,
+    typer.Option(help="File of the test split; training does not read it.", rich_help_panel=DATA),
 ]
 DataFormat: TypeAlias = Annotated[
     str,
@@ -158,7 +159,8 @@ HubRevision: TypeAlias = Annotated[
 LearningRate: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--lr", help="A number, or auto: the paper's four rates, chosen on dev (default: the recipe's)",
+        "--lr",
+        help="A number, or auto: the paper's four rates, chosen on dev (default: the recipe's).",
         rich_help_panel=TRAINING,
     ),
 ]  # fmt: skip

@@ -12,12 +12,13 @@ from typing import IO, Any
 import torch
 from rich.progress import Progress, TextColumn
 
+from bitfit.calibration import CALIBRATED_KINDS
 from bitfit.cli import console, options
-from bitfit.data import DataConfig, read_dataset
+from bitfit.data import DataConfig, Dataset
 from bitfit.data.files import project_name
 from bitfit.doctor import count_parameters
 from bitfit.errors import BitfitError, MissingExtra
-from bitfit.training.finetune import Event, RunStarted, finetune
+from bitfit.training.finetune import DataRead, Event, RunStarted, finetune
 from bitfit.training.lane import Lane
 from bitfit.training.outputs import MIN_CALIBRATION_ROWS, Outcome
 from bitfit.training.train import EpochDone, StepDone
@@ -62,6 +63,15 @@ def _default_out(config: DataConfig, given: Mapping[str, Any]) -> Path:
     if method in ("bitfit", "frozen"):
         return Path(f"{name}.bitfit.safetensors")
     return Path(f"{name}-full" if method == "full" else f"{name}.random.safetensors")
+
+
+def _tell_kind(dataset: Dataset) -> None:
+    """Say of numbers that they are measured and not counted as classes, which may not be meant."""
+    if dataset.kind_seen_from is not None and dataset.task.kind == "regression":
+        console.note(
+            f"{dataset.kind_seen_from}: read as regression (a number is predicted); "
+            "--kind classification takes them as classes"
+        )
 
 
 def _tell_place(out: Path, given: Mapping[str, Any]) -> None:
@@ -123,7 +133,10 @@ class Watch:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        if isinstance(event, RunStarted):
+        if isinstance(event, DataRead):
+            if not self.quiet:
+                _tell_kind(event.dataset)
+        elif isinstance(event, RunStarted):
             self._begin(event)
         elif isinstance(event, StepDone):
             self._step(event)
@@ -281,18 +294,23 @@ def plan(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run would do, without a step of it and without writing anything."""
     arguments = _arguments(given)
     out = arguments.pop("out")
+    read: list[Dataset] = []
 
     def stop(event: Event) -> None:
-        assert isinstance(event, RunStarted)
-        raise _Planned(event)
+        if isinstance(event, DataRead):
+            read.append(event.dataset)
+        else:
+            assert isinstance(event, RunStarted)
+            raise _Planned(event)
 
     try:
         finetune(**arguments | {"lanes": 1}, on_event=stop)
     except _Planned as planned:
         event = planned.event
     lane = event.lanes[0]
-    dataset = read_dataset(arguments["data"])
-    encoder = event.encoder
+    [dataset], encoder = read, event.encoder
+    if not given["quiet"]:
+        _tell_kind(dataset)
     return {
         "task": lane.task.name, "kind": lane.task.kind, "labels": list(lane.task.labels),
         "metric": lane.task.metric, "columns": dict(dataset.columns),
@@ -378,8 +396,8 @@ def show_outcome(outcome: Outcome) -> None:
 def calibration_line(
     kind: str, temperature: float | None, found: Mapping[str, float] | None, dev_rows: int | None
 ) -> str | None:
-    """Return what to say of a task's calibration, which classification only has."""
-    if kind != "classification":
+    """Return what to say of a task's calibration; None for numbers and spans, which have none."""
+    if kind not in CALIBRATED_KINDS:
         return None
     if temperature is None:
         if dev_rows is None:

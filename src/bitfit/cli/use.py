@@ -98,7 +98,7 @@ def predict(
     min_confidence: Annotated[
         float,
         typer.Option(
-            help="Give no label ('?') below this calibrated probability.",
+            help="Give no label ('?', of several labels none) below this calibrated probability.",
             rich_help_panel=options.REPORT,
         ),
     ] = 0.0,

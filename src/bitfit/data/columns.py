@@ -149,23 +149,26 @@ def read_records(table: Table, columns: Columns) -> list[Record]:
 # ------------------------------------------------------------------ kind and labels
 
 
-def infer_kind(records: Sequence[Record]) -> Kind:
-    """Return the kind that the cells speak of.
+def infer_kind(records: Sequence[Record]) -> tuple[Kind, str]:
+    """Return the kind that the cells speak of, and what the answers are that say so.
 
     Lists of words: tokens. Lists of labels: multilabel. Numbers with a fraction, or more than
     20 different ones: regression; a few cells that are no numbers do not change that, so that they
     are reported as bad. Otherwise classification.
     """
     if any(isinstance(r.text, (list, tuple)) for r in records[:1]):
-        return "tokens"
+        return "tokens", "lists"
     answers = [r.label for r in records if r.label not in (None, "")]
     if any(isinstance(a, (list, tuple)) for a in answers):
-        return "multilabel"
+        return "multilabel", "lists"
     numbers = [n for n in map(as_number, answers) if n is not None]
     if len(numbers) < 0.9 * len(answers):
-        return "classification"
-    many = len(set(numbers)) > MAX_CLASSES_SEEN_IN_NUMBERS
-    return "regression" if many or any(n % 1 for n in numbers) else "classification"
+        return "classification", "names"
+    if any(n % 1 for n in numbers):
+        return "regression", "numbers with a fraction"
+    different = len(set(numbers))
+    many = different > MAX_CLASSES_SEEN_IN_NUMBERS
+    return "regression" if many else "classification", f"{different} different numbers"
 
 
 def as_number(value: object) -> float | None:
@@ -242,8 +245,8 @@ def infer_labels(
 
 def read_tables(
     tables: Mapping[str, Table], spec: Spec, guard: RowGuard
-) -> tuple[Task, dict[str, list[Example]], Columns]:
-    """Return the task, the examples by split, and the columns taken.
+) -> tuple[Task, dict[str, list[Example]], Columns, str | None]:
+    """Return the task, the examples by split, the columns taken, and what told the kind, if asked.
 
     The first table decides on columns and labels: it is the training split where there is one.
     """
@@ -251,14 +254,18 @@ def read_tables(
     spans = _span_splits(tables, spec, guard)
     if spans is not None:
         task = spec.task or Task(name=spec.name, kind="span", is_pair=True)
-        return task, spans, Columns("question", "context", "answers", "id")
+        return task, spans, Columns("question", "context", "answers", "id"), None
     columns, records = _all_records(tables, spec)
     if spec.task is not None and spec.task.is_pair != (columns.text_pair is not None):
         need = "two texts" if spec.task.is_pair else "one text"
         raise UsageError(f"task {spec.task.name!r} has {need}; name the columns")
-    kind = spec.kind or infer_kind(records[first])
-    if spec.labels and kind == "regression" and spec.kind is None:
-        kind = "classification"  # who lists labels means classes, however many numbers there are
+    kind, seen_from = spec.kind, None
+    if kind is None:
+        kind, answers = infer_kind(records[first])
+        seen_from = f'column "{columns.label}" holds {answers}'
+        if spec.labels and kind == "regression":
+            # Who lists labels means classes, however many numbers there are.
+            kind, seen_from = "classification", None
     labels = spec.labels
     if labels is None and kind not in ("regression", "span"):
         _check_train_is_there(first, kind)
@@ -272,7 +279,7 @@ def read_tables(
         parse = _example_parser(task, columns, spec, is_test=split.startswith("test"))
         numbered = ((record.line, record) for record in rows)
         splits[split] = [e for _, e in guard.parse(tables[split].file, numbered, parse)]
-    return task, splits, columns
+    return task, splits, columns, seen_from
 
 
 def _all_records(

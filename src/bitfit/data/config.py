@@ -33,6 +33,8 @@ class Dataset:
     """The columns taken for ``text``, ``text_pair``, ``label`` and ``id``, where there are any."""
     held_out: bool = False
     """Whether dev was taken out of train, as the data has none of its own."""
+    kind_seen_from: str | None = None
+    """What the answers are that told the kind; None where the kind was named or is the format's."""
 
 
 @dataclass(frozen=True, kw_only=True)

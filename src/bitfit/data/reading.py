@@ -30,10 +30,14 @@ class _Raw:
     task: Task
     splits: Mapping[str, Sequence[Example]]
     columns: Mapping[str, str]
+    kind_seen_from: str | None = None
 
 
-def read_dataset(config: DataConfig) -> Dataset:
+def read_dataset(config: DataConfig, *, with_test: bool = True) -> Dataset:
     r"""Return the task and the examples that ``config`` describes.
+
+    ``with_test=False`` leaves test splits unread that ``config.splits`` does not ask for: training
+    has no use for them.
 
     Dev is held out from train where there is none (``dev_fraction``), then ``limit`` is applied to
     train, so that dev stays the same while the training size varies.
@@ -54,23 +58,25 @@ def read_dataset(config: DataConfig) -> Dataset:
     guard = RowGuard(config.skip_bad_rows)
     name = str(config.data)
     if config.format == "hub" or (config.format == "auto" and name.startswith(_HUB)):
-        raw, sources = _from_hub(name.removeprefix(_HUB), config, guard)
+        raw, sources = _from_hub(name.removeprefix(_HUB), config, guard, with_test)
     else:
         layout = find_files(config)
-        wanted = _splits_to_read(layout.files, config, layout.looked_in)
+        wanted = _splits_to_read(layout.files, config, layout.looked_in, with_test)
         layout = Layout(layout.format, {s: layout.files[s] for s in wanted}, layout.looked_in)
         raw = _from_files(layout, config, guard)
         sources = {split: tuple(map(str, paths)) for split, paths in layout.files.items()}
     return _finished(raw, sources, config, guard)
 
 
-def _splits_to_read(found: Iterable[str], config: DataConfig, looked_in: str) -> list[str]:
+def _splits_to_read(
+    found: Iterable[str], config: DataConfig, looked_in: str, with_test: bool
+) -> list[str]:
     """Return the splits to read, in our order; train also for labels or to hold dev out."""
     there = [split for split in SPLITS if split in set(found)]
     if config.splits is None:
         if "train" not in there:
             raise DataError(_missing("train", config, looked_in))
-        return there
+        return [split for split in there if with_test or not split.startswith("test")]
     wanted = [split for split in there if split in config.splits]
     missing = [split for split in config.splits if split not in there]
     can_hold_out = "train" in there and config.dev_fraction > 0
@@ -151,8 +157,8 @@ def _from_tables(
         separator=config.label_separator,
         task=task,
     )
-    task, splits, columns = read_tables(tables, spec, guard)
-    return _Raw(task, splits, columns.named())
+    task, splits, columns, seen_from = read_tables(tables, spec, guard)
+    return _Raw(task, splits, columns.named(), seen_from)
 
 
 def _from_sentences(layout: Layout, config: DataConfig, guard: RowGuard) -> _Raw:
@@ -180,13 +186,13 @@ def _sentences(path: Path, form: str, config: DataConfig, guard: RowGuard) -> li
 
 
 def _from_hub(
-    name: str, config: DataConfig, guard: RowGuard
+    name: str, config: DataConfig, guard: RowGuard, with_test: bool
 ) -> tuple[_Raw, dict[str, tuple[str, ...]]]:
     if config.dev is not None or config.test is not None:
         raise UsageError("dev and test are files; the splits of a hub data set are its own")
     builtin = config.builtin
     tables = read_hub(name, config.hub_revision, builtin.task.labels if builtin else None)
-    wanted = _splits_to_read(tables, config, f"hub:{name}")
+    wanted = _splits_to_read(tables, config, f"hub:{name}", with_test)
     tables = {split: tables[split] for split in wanted}
     sources: dict[str, tuple[str, ...]] = {split: (table.file,) for split, table in tables.items()}
     return _from_tables(tables, config, guard), sources
@@ -222,4 +228,5 @@ def _finished(
         sources={split: sources[split] for split in kept},
         columns=raw.columns,
         held_out=held_out,
+        kind_seen_from=raw.kind_seen_from,
     )

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from bitfit.batches import make_features
-from bitfit.data import DataConfig, dataset_hash, read_dataset
+from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
 from bitfit.encoder import DTYPES, Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted, UsageError
 from bitfit.heads import make_head
@@ -23,6 +23,13 @@ from bitfit.training.methods import choose_layout, make_method
 from bitfit.training.outputs import Outcome, make_task_file, save_outcome
 from bitfit.training.plan import check_dtype, check_lanes, check_out, checkpoint_path, plan_run
 from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer, recorded_conditions
+
+
+@dataclass(frozen=True)
+class DataRead:
+    """The rows are there, and nothing else yet."""
+
+    dataset: Dataset
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class RunStarted:
     total_steps: int
 
 
-Event: TypeAlias = RunStarted | StepDone | EpochDone | LaneDropped
+Event: TypeAlias = DataRead | RunStarted | StepDone | EpochDone | LaneDropped
 
 
 def finetune(
@@ -92,7 +99,7 @@ def finetune(
         train_score: also score the training rows (the paper's generalization gap).
         licence: licence of the task file, kept in it.
         description: a model card in free text, kept in the file.
-        on_event: told of every step and epoch.
+        on_event: told of the data that was read, and of every step and epoch.
         should_stop: asked after every step; True saves a checkpoint and ends.
         **options: fields of :class:`DataConfig` (``task``, ``text``, ``label``, ``limit``, ...) and
             of :class:`TrainConfig` (``epochs``, ``terms``, ``method``, ``seed``, ...).
@@ -117,7 +124,9 @@ def finetune(
     if threads or "threads" in before:
         torch.set_num_threads(threads or before["threads"])
 
-    dataset = read_dataset(data_config)
+    dataset = read_dataset(data_config, with_test=False)
+    if on_event is not None:
+        on_event(DataRead(dataset))
     task = dataset.task if name is None else dataclasses.replace(dataset.task, name=name)
     if dtype == "auto" and "dtype" in before:
         dtype = before["dtype"]

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bitfit.base import encoder_tensors
 from bitfit.batches import make_features
 from bitfit.calibration import (
+    CALIBRATED_KINDS,
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     expected_calibration_error,
@@ -192,19 +194,45 @@ def calibrate(
 ) -> tuple[float | None, dict[str, float] | None]:
     """Return the temperature fitted on dev and the calibration error before and after it.
 
-    Of classification only, and with enough dev rows: (None, None) otherwise, and where the best
-    temperature is at the end of its range (every answer right, or none), which says nothing.
+    Of several labels every label of a row counts, of tokens every word that was not cut. None of
+    the other kinds, and none with too few dev rows or where the best temperature is at the end of
+    its range (every answer right, or none), which says nothing: (None, None).
     """
-    if task.kind != "classification" or len(dev.examples) < MIN_CALIBRATION_ROWS:
+    if task.kind not in CALIBRATED_KINDS or len(dev.examples) < MIN_CALIBRATION_ROWS:
         return None, None
-    table, labels = np.stack(logits).astype(np.float64), np.asarray(references(dev.examples))
+    table, labels = _calibration_rows(task, dev, logits)
+    if not len(table):
+        return None, None
     temperature = fit_temperature(table, labels)
     if not 1.01 * MIN_TEMPERATURE < temperature < 0.99 * MAX_TEMPERATURE:
         return None, None
     before, after = (
-        expected_calibration_error(probabilities(table, t), labels) for t in (1.0, temperature)
+        expected_calibration_error(
+            probabilities(table, t, multilabel=task.kind == "multilabel"), labels
+        )
+        for t in (1.0, temperature)
     )
     return temperature, {"ece_before": before, "ece_after": after}
+
+
+def _calibration_rows(
+    task: Task, dev: Split, logits: list[Logits]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return logits ``(rows, labels)`` with the right answers, as ``fit_temperature`` takes them.
+
+    A row is an example; of tokens it is a word. The answers of multilabel are 0/1 for each label.
+    """
+    if task.kind == "tokens":
+        items = dev.features.items
+        words = [f.label[f.word_starts >= 0] for f in items if f.word_starts is not None]
+        return np.concatenate(logits).astype(np.float64), np.concatenate(words)
+    table, answers = np.stack(logits).astype(np.float64), references(dev.examples)
+    if task.kind == "classification":
+        return table, np.asarray(answers)
+    truth = np.zeros(table.shape, dtype=np.int64)
+    for row, indices in enumerate(answers):
+        truth[row, list(indices)] = 1
+    return table, truth
 
 
 def _probes(trainer: Trainer, lane: Lane) -> list[dict[str, Any]]:
