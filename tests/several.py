@@ -43,7 +43,8 @@ def train_one(options: dict[str, Any], out: Path, rank: int = 0) -> dict[str, An
     options = COMMON | options
     options |= options.pop(f"only_{rank}", {})
     options.pop(f"only_{1 - rank}", None)
-    stop_at, asked = options.pop("stop_at", None), 0
+    stop_at, leave_at = options.pop("stop_at", None), options.pop("leave_at", None)
+    asked = 0
     moved: collections.Counter[int] = collections.Counter()
 
     def counted(tensor: torch.Tensor, **others: Any) -> None:
@@ -55,6 +56,8 @@ def train_one(options: dict[str, Any], out: Path, rank: int = 0) -> dict[str, An
     def should_stop() -> bool:
         nonlocal asked
         asked += 1
+        if asked == leave_at:
+            os._exit(0)
         return asked == stop_at
 
     try:

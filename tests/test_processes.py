@@ -91,6 +91,7 @@ def scenarios(tmp_path_factory):
         "resumed": dropout | {"resume": True, "out": "{folder}/stopped.bitfit.safetensors"},
         "left": dropout | {"only_0": {"stop_at": 2}},
         "seeds": dropout | {"only_1": {"seed": 1}},
+        "lost": dropout | {"only_1": {"leave_at": 2}},  # the last: nothing comes after
     }
 
 
@@ -125,7 +126,7 @@ def found(scenarios, tmp_path_factory):
         process.kill()
     assert [process.exitcode for process in both] == [0, 0]
     notes = {
-        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
+        name: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}.?.json"))]
         for name in scenarios
     }
     return notes, folder
@@ -169,7 +170,7 @@ def test_both_processes_have_the_same_bits_scores_and_lanes(found):
     """And what each did is known, though one of them must not write (``several._no_write``)."""
     notes, _ = found
     trained = {name: pair for name, pair in notes.items() if "error" not in pair[0]}
-    assert set(trained) == set(notes) - {"stopped", "left", "seeds"}
+    assert set(trained) == set(notes) - {"stopped", "left", "seeds", "lost"}
     for name, (first, second) in trained.items():
         assert first == second, name
         assert first["file"]
@@ -218,6 +219,11 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(found, scenarios
 def test_processes_that_are_about_different_runs_are_refused(found):
     for note in found[0]["seeds"]:
         assert note["error"].startswith("UsageError: the 2 processes are not about the same run")
+
+
+def test_who_loses_another_ends_with_an_error_and_does_not_wait(found):
+    (note,) = found[0]["lost"]
+    assert "BitfitError: process 0 of 2 has lost another" in note["error"]
 
 
 # ------------------------------------------------------------------ in this process

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitfit.errors import UsageError
+from bitfit.errors import BitfitError, UsageError
 
 # One that waits so long for the others waits in vain: they are stuck, or long gone.
 PATIENCE = timedelta(minutes=30)
@@ -160,7 +160,13 @@ class Group(Processes):
         return int(tensor)
 
     def _sum(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, group=self._cpu if tensor.device.type == "cpu" else None)
+        try:
+            dist.all_reduce(tensor, group=self._cpu if tensor.device.type == "cpu" else None)
+        except RuntimeError as error:
+            raise BitfitError(
+                f"process {self.rank} of {self.count} has lost another, whose own messages say why "
+                f"({error})"
+            ) from error
 
 
 def launched_count() -> int:
