@@ -827,6 +827,26 @@ def test_the_first_signal_asks_and_the_second_aborts(capfd: pytest.CaptureFixtur
     assert "stopping after this step" in capfd.readouterr().err
 
 
+def test_what_a_launcher_passes_on_at_once_is_no_second_signal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with console.Interruption() as interruption:
+        interruption.running = True
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert interruption.asked
+        monkeypatch.setattr(console, "LAUNCHER_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    console.note("not of the main process")
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    console.note("of the main process")
+    assert capfd.readouterr().err == "of the main process\n"
+
+
 def test_a_signal_saves_a_checkpoint_and_resume_ends_in_the_same_bytes(
     trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

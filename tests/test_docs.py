@@ -88,6 +88,7 @@ def command_lines(page):
     blocks = [code for language, code in FENCE.findall(text) if language != "python"]
     blocks += re.findall(r"^(?: {4}.*\n?)+", FENCE.sub("", text), re.MULTILINE)
     for line in "\n".join(blocks).splitlines():
+        line = re.sub(r"^\s*(torchrun|accelerate launch) .*?-m (-- )?(?=bitfit )", "", line)
         if line.strip().startswith("bitfit "):
             words = shlex.split(line, comments=True)
             end = next((i for i, word in enumerate(words) if word in ("|", ">", "<", "&&")), None)

@@ -15,11 +15,13 @@ class DropoutBits:
     """Dropout masks of one run for one step, from random bits that (seed, step) determine.
 
     Sixteen bits an element give the rate 0.1 as 0.10001; eight would give 0.1016. A step draws the
-    same masks whether or not the run was interrupted before it.
+    same masks whether or not the run was interrupted before it. Of several processes that share the
+    sequences of a step each has a rank, and draws its own.
     """
 
-    def __init__(self, seed: int, step: int, device: torch.device) -> None:
-        state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    def __init__(self, seed: int, step: int, device: torch.device, rank: int = 0) -> None:
+        entropy = (seed, step, rank) if rank else (seed, step)
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         self.seed = int(state[0] >> np.uint64(1))
         self.generator = torch.Generator(device).manual_seed(self.seed)
 

@@ -173,10 +173,37 @@ def batch_loss(
     if head.kind == "tokens":
         if not len(logits):  # every word was cut off: the mean of nothing would be NaN
             return logits.sum()
-        words = [f.label[f.word_starts >= 0] for f in batch.features if f.word_starts is not None]
-        target = torch.from_numpy(np.concatenate(words)).to(logits.device)
+        target = torch.from_numpy(_word_labels(batch.features)).to(logits.device)
         return F.cross_entropy(logits, target, class_weights)
     return _span_loss(logits, batch, torch.tensor(labels, device=logits.device))
+
+
+def loss_weight(
+    head: Head, features: Sequence[Feature], class_weights: NDArray[np.float32] | None = None
+) -> float:
+    """Return what :func:`batch_loss` divides by: how many sequences or words, or their weights.
+
+    So the mean over a batch is that of its parts, each times its share of the weight.
+    """
+    if head.kind not in ("classification", "tokens"):
+        return float(len(features))
+    tokens = head.kind == "tokens"
+    labels = _word_labels(features) if tokens else np.asarray([f.label for f in features])
+    return float(len(labels) if class_weights is None else class_weights[labels].sum())
+
+
+def _word_labels(features: Sequence[Feature]) -> NDArray[np.int64]:
+    """The label of every word that was not cut off."""
+    words = [f.label[f.word_starts >= 0] for f in features if f.word_starts is not None]
+    return np.concatenate(words)
+
+
+def logits_shape(head: Head, feature: Feature) -> tuple[int, ...]:
+    """Return the shape of a feature's logits, as :func:`bitfit.inference.compute_logits` says."""
+    if head.kind == "tokens":
+        assert feature.word_starts is not None
+        return int((feature.word_starts >= 0).sum()), head.num_outputs
+    return (len(feature), head.num_outputs) if head.kind == "span" else (head.num_outputs,)
 
 
 def _span_loss(logits: Tensor, batch: Batch, target: Tensor) -> Tensor:

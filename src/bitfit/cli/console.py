@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,18 @@ class _State:
 
 
 STATE = _State()
+LAUNCHER_SECONDS = 5.0
+
+
+def launched_count() -> int:
+    """Return how many processes torchrun or accelerate's launcher has started; 1: none."""
+    text = os.environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else 1
+
+
+def is_main() -> bool:
+    """Whether this process speaks for all that a launcher has started."""
+    return launched_count() <= 1 or os.environ.get("RANK", "0") == "0"
 
 
 # What a terminal would obey: escape sequences in a task file or a text are shown, not run.
@@ -83,8 +96,9 @@ def error(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print a message on standard error."""
-    messages().print(Text(printable(message)), soft_wrap=True)
+    """Print a message on standard error; of several processes the main one does."""
+    if is_main():
+        messages().print(Text(printable(message)), soft_wrap=True)
 
 
 def say(message: str, style: str = "") -> None:
@@ -193,11 +207,13 @@ def progress(*more: TextColumn) -> Progress:
 class Interruption:
     """Ctrl-C and SIGTERM while training: the first asks it to stop, the second ends at once.
 
-    Before :attr:`running` there is nothing to save, and the first ends at once too.
+    Before :attr:`running` there is nothing to save, and the first ends at once too. A launcher
+    passes on what the terminal has sent already: for some seconds that is no second one.
     """
 
     def __init__(self) -> None:
         self.asked, self.running = False, False
+        self.asked_at = 0.0
 
     def __enter__(self) -> Interruption:
         self._before = {
@@ -210,11 +226,15 @@ class Interruption:
             signal.signal(number_, handler)
 
     def _on_signal(self, number_: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked and launched_count() > 1 and now - self.asked_at < LAUNCHER_SECONDS:
+            return
         if self.asked or not self.running:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.asked_at = True, now
         # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this step and saving it; once more aborts at once\n")
+        if is_main():
+            os.write(2, b"\nstopping after this step and saving it; once more aborts at once\n")
 
 
 @contextmanager

@@ -69,9 +69,14 @@ def train(
 
     if dry_run:
         plan = training.plan(given)
+        if not console.is_main():
+            return None
         return console.print_json(plan) if as_json else training.show_plan(plan)
     outcome = training.run(given)
+    if not console.is_main():
+        return None
     if as_json:
         console.print_json(outcome.to_json())
     else:
         training.show_outcome(outcome)
+    return None

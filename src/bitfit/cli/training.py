@@ -32,7 +32,9 @@ _PASSED_ON = (
 
 
 def run(given: Mapping[str, Any]) -> Outcome:
-    """Train as the options say and return the outcome."""
+    """Train as the options say and return the outcome; of several processes one shows and logs."""
+    if not console.is_main():
+        given = {**given, "quiet": True, "log": None, "tensorboard": None}
     arguments = _arguments(given)
     with (
         console.Interruption() as interruption,

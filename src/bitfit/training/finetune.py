@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from bitfit.base import choose_device
 from bitfit.batches import make_features
 from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
 from bitfit.encoder import DTYPES, Encoder, open_encoder
@@ -22,6 +24,7 @@ from bitfit.training.lane_count import choose_lane_count
 from bitfit.training.methods import choose_layout, make_method
 from bitfit.training.outputs import Outcome, make_task_file, save_outcome
 from bitfit.training.plan import check_dtype, check_lanes, check_out, checkpoint_path, plan_run
+from bitfit.training.processes import Processes, join_processes, own_device
 from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer, recorded_conditions
 
 
@@ -77,7 +80,8 @@ def finetune(
     """Fine-tune ``base`` on ``data`` and return what came out, saved to ``out`` if given.
 
     Ben Zaken et al. 2022, section 3: the encoder is frozen but for its bias vectors, and a small
-    head is trained with them.
+    head is trained with them. In processes that torchrun or accelerate's launcher started, all call
+    this with the same arguments and train one run; the main one writes it.
 
     Args:
         base: ``"minilm"``, a directory, a name on the model hub, or an open :class:`Encoder`.
@@ -132,8 +136,10 @@ def finetune(
         dtype = before["dtype"]
     elif dtype == "auto" and (recipe == "paper" or config.method not in ("bitfit", "frozen")):
         dtype = "fp32"  # part of the paper's recipe, and of methods that train matrices
-    encoder = base if isinstance(base, Encoder) else open_encoder(
-        base, dtype, device, revision=revision, trust_remote_code=trust_remote_code
+    device = own_device(device)
+    processes = join_processes(base.device if isinstance(base, Encoder) else choose_device(device))
+    encoder = base if isinstance(base, Encoder) else _open(
+        base, dtype, device, processes, revision, trust_remote_code
     )  # fmt: skip
     check_dtype(encoder, dtype)
     encoder.low_memory = low_memory
@@ -164,9 +170,11 @@ def finetune(
     trainer = Trainer(
         encoder=encoder, lanes=runs, checkpoint=checkpoint_path(out),
         method=make_method(
-            encoder, runs, choose_lane_count(encoder, runs) if slots == "auto" else int(slots)
+            encoder, runs,
+            choose_lane_count(encoder, runs, processes=processes)
+            if slots == "auto" else int(slots),
         ),
-        identity=_conditions(encoder, hashes),
+        identity=_conditions(encoder, hashes), processes=processes,
     )  # fmt: skip
     _train(trainer, resume, on_event, should_stop)
     best = max(runs, key=lambda lane: (not lane.progress.dropped, lane.progress.best_score))
@@ -184,10 +192,11 @@ def finetune(
             held_out=data_config.dev_fraction if dataset.held_out else None,
             storage=storage, licence=licence, description=description,
         )  # fmt: skip
-        if out is not None:
+        if out is not None and processes.is_main:
             save_outcome(Path(out), trainer, file)
             if trainer.checkpoint is not None:
                 trainer.checkpoint.unlink(missing_ok=True)
+        processes.wait()  # who returns finds the file
     finally:
         trainer.method.uninstall()
     return Outcome(
@@ -220,6 +229,8 @@ def _run(
         trainer.resume()
     else:
         trainer.set_aside_checkpoint()
+    processes = trainer.processes
+    processes.check_same(json.dumps([trainer.identity, trainer.steps], sort_keys=True))
     if on_event is not None:
         on_event(RunStarted(
             trainer.encoder, trainer.lanes, len(trainer.slots),
@@ -229,7 +240,9 @@ def _run(
     for event in trainer.run():
         if on_event is not None:
             on_event(event)
-        if should_stop is not None and isinstance(event, StepDone) and should_stop():
+        if not isinstance(event, StepDone):
+            continue
+        if processes.any(should_stop is not None and should_stop()):
             trainer.save()
             where = f"at step {event.step} of {event.total}"
             if trainer.checkpoint is None:
@@ -249,11 +262,27 @@ def _conditions(encoder: Encoder, hashes: dict[str, str]) -> dict[str, Any]:
         "tokenizer": encoder.base.tokenizer_sha256,
         "train rows": hashes["train"],
         "dev rows": hashes.get("dev"),
-        "dtype": next(name for name, value in DTYPES.items() if value == encoder.dtype),
+        "dtype": _dtype_name(encoder),
         "device": encoder.device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def _open(
+    base: str, dtype: str, device: str, processes: Processes, revision: str | None, trust: bool
+) -> Encoder:
+    """Open a base in the precision that the main process found where each measured it."""
+    encoder = open_encoder(base, dtype, device, revision=revision, trust_remote_code=trust)
+    names = tuple(DTYPES)
+    agreed = names[processes.first(names.index(_dtype_name(encoder)))]
+    if agreed == _dtype_name(encoder):
+        return encoder
+    return open_encoder(base, agreed, device, revision=revision, trust_remote_code=trust)
+
+
+def _dtype_name(encoder: Encoder) -> str:
+    return next(name for name, value in DTYPES.items() if value == encoder.dtype)
 
 
 def _featurize(encoder: Encoder, task: Task, examples: Sequence[Any], max_length: int) -> Split:

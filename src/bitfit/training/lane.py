@@ -6,17 +6,20 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bitfit.bank import Layout
-from bitfit.batches import Batch, Features, pack
+from bitfit.batches import Batch, Feature, Features, pack
 from bitfit.errors import UsageError
-from bitfit.heads import Head
+from bitfit.heads import Head, loss_weight
 from bitfit.tasks import Example, Task
+from bitfit.training.processes import Processes
 from bitfit.training.settings import TrainConfig
 
 
@@ -26,6 +29,15 @@ class Split:
 
     examples: Sequence[Example]
     features: Features
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process computes of a run's step."""
+
+    batch: Batch
+    weight: float
+    """What the mean loss of ``batch`` counts for in that of the whole step."""
 
 
 @dataclass
@@ -124,6 +136,24 @@ class Lane:
         chosen = self._order[1][place * size : (place + 1) * size]
         return pack([items[i] for i in chosen]).to(self.device)
 
+    def share(self, batch: Batch, processes: Processes) -> Share:
+        """Return what this one of ``processes`` computes of a step's ``batch``.
+
+        One that no sequence is left for takes one that counts for nothing, so that it has the same
+        to do as the others.
+        """
+        if processes.count == 1:
+            return Share(batch, 1.0)
+        own = batch.features[processes.own(len(batch.features))]
+        weight = self._weight(own) if own else 0.0
+        if not weight:
+            own = [next((f for f in batch.features if self._weight([f])), batch.features[0])]
+        part = pack(own).to(self.device)
+        return Share(part, weight / self._weight(batch.features) if weight else 0.0)
+
+    def _weight(self, features: Sequence[Feature]) -> float:
+        return loss_weight(self.head, features, self._class_weight_values)
+
     def step_taken(self, loss: Tensor, batch: Batch, seconds: float) -> None:
         """Count a step, taken on ``batch`` with ``loss`` (0-d)."""
         first_of_epoch = self.progress.step % self.steps_per_epoch == 0
@@ -155,6 +185,10 @@ class Lane:
     def epoch_loss(self) -> float:
         """Mean loss of the epoch's steps."""
         return float(self.loss_sum) / self.steps_per_epoch
+
+    @cached_property
+    def _class_weight_values(self) -> NDArray[np.float32] | None:
+        return None if self.class_weights is None else self.class_weights.cpu().numpy()
 
     def _class_weights(self) -> Tensor | None:
         if self.config.class_weights is None:

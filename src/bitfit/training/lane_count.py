@@ -14,6 +14,7 @@ import torch
 from bitfit.encoder import Encoder
 from bitfit.training.lane import Lane, Progress
 from bitfit.training.methods import make_method
+from bitfit.training.processes import ALONE, Processes
 from bitfit.training.train import Trainer
 
 MOST = 64
@@ -38,25 +39,32 @@ def can_share(encoder: Encoder, lanes: Sequence[Lane]) -> bool:
     return rows and encoder.packed and encoder.mixes
 
 
-def choose_lane_count(encoder: Encoder, lanes: Sequence[Lane], most: int = MOST) -> int:
+def choose_lane_count(
+    encoder: Encoder,
+    lanes: Sequence[Lane],
+    most: int = MOST,
+    processes: Processes = ALONE,
+) -> int:
     """Return how many of ``lanes`` to train side by side; 1 where they cannot share a pass.
 
     It takes as long as some twenty steps. The answer depends on the machine's mood, so it must be
-    recorded: a run is repeated or resumed with the number it had.
+    recorded: a run is repeated or resumed with the number it had. Of several processes each
+    measures its own share of a step, and the main one's answer is taken.
     """
     if len(lanes) == 1 or not can_share(encoder, lanes):
         return 1
     best = LaneRate(1, 0.0)
-    for found in measure_lane_counts(encoder, lanes, most):
+    by_itself = Processes(processes.rank, processes.count)
+    for found in measure_lane_counts(encoder, lanes, most, by_itself):
         if found.tokens_per_second > LEAST_GAIN * best.tokens_per_second:
             best = found
         elif found.lanes > 2 * best.lanes:  # two steps without a gain: it will not come any more
             break
-    return best.lanes
+    return processes.first(best.lanes)
 
 
 def measure_lane_counts(
-    encoder: Encoder, lanes: Sequence[Lane], most: int = MOST
+    encoder: Encoder, lanes: Sequence[Lane], most: int = MOST, processes: Processes = ALONE
 ) -> Iterator[LaneRate]:
     """Yield the speed of 1, 2, 4, ... of ``lanes`` side by side, as long as the memory suffices.
 
@@ -67,17 +75,18 @@ def measure_lane_counts(
     while count <= min(most, len(lanes)):
         if activation_bytes(encoder, lanes[:count]) > _MEMORY_SHARE * free:
             return
-        yield LaneRate(count, _speed(encoder, lanes[:count]))
+        yield LaneRate(count, _speed(encoder, lanes[:count], processes))
         count *= 2
 
 
-def _speed(encoder: Encoder, lanes: Sequence[Lane]) -> float:
+def _speed(encoder: Encoder, lanes: Sequence[Lane], processes: Processes) -> float:
     """Real tokens per second, the best of some steps after one that warms up."""
     trials = [copy.copy(lane) for lane in lanes]
     for trial in trials:
         trial.progress = Progress()
     method = make_method(encoder, trials, len(trials))
-    steps = Trainer(encoder=encoder, method=method, lanes=trials).steps_only()
+    trainer = Trainer(encoder=encoder, method=method, lanes=trials, processes=processes)
+    steps = trainer.steps_only()
     rates = []
     for _ in range(1 + _TIMED_STEPS):
         began = time.perf_counter()

@@ -104,6 +104,7 @@ class Outcome:
             "device": trainer.encoder.device.type,
             "threads": torch.get_num_threads(),
             "lanes": len(trainer.slots),
+            "processes": trainer.processes.count,
             "packed": trainer.encoder.packed,
             "temperature": file.temperature,
             "calibration": file.calibration,
@@ -160,6 +161,8 @@ def make_task_file(
         "train_rows": len(lane.train.examples),
         "dev_rows": 0 if lane.dev is None else len(lane.dev.examples),
     }
+    if trainer.processes.count > 1:
+        recipe["processes"] = trainer.processes.count
     if held_out is not None:
         recipe["dev_fraction"] = held_out
     if candidates is not None:

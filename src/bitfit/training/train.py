@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfit.batches import Batch, pack
+from bitfit.batches import pack
 from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.encoder import Encoder
 from bitfit.errors import BitfitError, TrainingDiverged
-from bitfit.heads import batch_loss, head_logits, read_predictions
+from bitfit.heads import batch_loss, head_logits, logits_shape, read_predictions
 from bitfit.inference import Logits, TaskHead, compute_logits, head_inputs
 from bitfit.metrics import compute_metrics
 from bitfit.storage import atomic_write, pack_safetensors, unpack_safetensors
 from bitfit.tasks import Task, references
-from bitfit.training.lane import Lane, Progress, Split
+from bitfit.training.lane import Lane, Progress, Share, Split
 from bitfit.training.methods import Method
+from bitfit.training.processes import ALONE, Processes
 from bitfit.training.settings import TrainConfig
 
 BETAS = (0.9, 0.999)
@@ -154,6 +155,8 @@ class Trainer:
         lanes: the queue.
         checkpoint: where the state is saved, every half minute and at each epoch; None: nowhere.
         identity: what else the runs depend on; a checkpoint of others is refused.
+        processes: who shares the sequences of each step; all have the same lanes and the same
+            numbers, and the main one writes.
     """
 
     def __init__(
@@ -164,12 +167,16 @@ class Trainer:
         lanes: Sequence[Lane],
         checkpoint: Path | None = None,
         identity: Mapping[str, Any] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.encoder, self.method, self.lanes = encoder, method, list(lanes)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.processes = checkpoint, processes
         whole = {**_common([lane.identity for lane in lanes]), **(identity or {})}
+        whole |= {"lanes": method.slots}
+        if processes.count > 1:
+            whole["processes"] = processes.count
         # Through JSON, so that it compares equal to what a checkpoint gives back.
-        self.identity = json.loads(json.dumps(whole | {"lanes": method.slots}))
+        self.identity = json.loads(json.dumps(whole))
         self.optimizer = AdamW(method.tensors)
         self.slots: list[int | None] = [None] * method.slots
         """The lane (its place in the queue) of each slot."""
@@ -232,15 +239,21 @@ class Trainer:
         """Take one step in every running lane."""
         began = time.perf_counter()
         batches = [lane.next_batch() for _, lane in running]
+        shares = [
+            lane.share(batch, self.processes)
+            for (_, lane), batch in zip(running, batches, strict=True)
+        ]
+        device, rank = self.encoder.device, self.processes.rank
         bits = [
-            DropoutBits(lane.config.seed, lane.progress.step + 1, self.encoder.device)
+            DropoutBits(lane.config.seed, lane.progress.step + 1, device, rank)
             for _, lane in running
         ]
         losses: list[Tensor] = []
-        for part in self._passes(batches):
-            own = self._losses(running[part], batches[part], bits[part])
+        for part in self._passes(shares):
+            own = self._losses(running[part], shares[part], bits[part])
             torch.stack(own).sum().backward()
             losses += (loss.detach() for loss in own)
+        losses = self.processes.sum_gradients(self.method.tensors, losses)
         self.method.after_backward()
         norms, sizes, epsilons = ([0.0] * len(self.slots) for _ in range(3))
         for slot, lane in running:
@@ -261,25 +274,27 @@ class Trainer:
             sum(len(b.lengths) for b in batches), tokens,
         )  # fmt: skip
 
-    def _passes(self, batches: Sequence[Batch]) -> Iterator[slice]:
+    def _passes(self, shares: Sequence[Share]) -> Iterator[slice]:
         """Split the running lanes into forward passes, as many in each as help the hardware."""
         most = PASS_TOKENS["cpu" if self.encoder.device.type == "cpu" else "gpu"]
         begin, tokens = 0, 0
-        for place, batch in enumerate(batches):
-            if tokens and tokens + len(batch.input_ids) > most:
+        for place, share in enumerate(shares):
+            more = len(share.batch.input_ids)
+            if tokens and tokens + more > most:
                 yield slice(begin, place)
                 begin, tokens = place, 0
-            tokens += len(batch.input_ids)
-        yield slice(begin, len(batches))
+            tokens += more
+        yield slice(begin, len(shares))
 
     def _losses(
         self,
         running: Sequence[tuple[int, Lane]],
-        batches: Sequence[Batch],
+        shares: Sequence[Share],
         bits: Sequence[DropoutBits],
     ) -> list[Tensor]:
         """One forward pass over the batches end to end, then each lane's own head and loss."""
         shifts, heads = self.method.views()
+        batches = [share.batch for share in shares]
         batch, index = batches[0], None
         if len(self.slots) > 1:
             batch = pack([f for own in batches for f in own.features]).to(self.encoder.device)
@@ -289,13 +304,15 @@ class Trainer:
         dropout = StepDropout(list(zip(bits, batches, strict=True)))
         hidden = self.encoder.encode(batch, shifts, index, dropout)
         losses, begin = [], 0
-        for (slot, lane), own, draws in zip(running, batches, bits, strict=True):
+        for (slot, lane), share, draws in zip(running, shares, bits, strict=True):
+            own = share.batch
             end = begin + len(own.input_ids)
             pooler = {k: v[slot : slot + 1] for k, v in shifts.items() if k.startswith("pooler")}
             vectors, _ = head_inputs(self.encoder, lane.head, hidden[begin:end], own, pooler)
             weights = lane.head.split(heads[slot][: lane.head.size])
             logits = head_logits(lane.head, weights, vectors, draws)
-            losses.append(batch_loss(lane.head, logits, own, lane.class_weights))
+            loss = batch_loss(lane.head, logits, own, lane.class_weights)
+            losses.append(loss if share.weight == 1 else loss * share.weight)
             begin = end
         return losses
 
@@ -341,7 +358,7 @@ class Trainer:
     def evaluate(
         self, lane: Lane, split: Split, slot: int = 0
     ) -> tuple[dict[str, float], list[Logits]]:
-        """Return the scores and the logits of a split, at evaluation mode.
+        """Return the scores and the logits of a split, at evaluation mode, in every process.
 
         Args:
             lane: whose task it is.
@@ -350,7 +367,13 @@ class Trainer:
         """
         row, weights = self.method.trained(slot, lane.layout, lane.head)
         heads = {0: TaskHead(lane.head, weights)}
-        logits = compute_logits(self.encoder, split.features.items, row[None], lane.layout, heads)
+        items, processes = split.features.items, self.processes
+        places = processes.dealt([len(f) for f in items])
+        own = [items[place] for place in places]
+        logits = processes.collect(
+            compute_logits(self.encoder, own, row[None], lane.layout, heads),
+            places, [logits_shape(lane.head, f) for f in items],
+        )  # fmt: skip
         return score_logits(lane.task, split, logits), logits
 
     def keep(self, lane: Lane) -> None:
@@ -362,7 +385,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state, atomically; the loss of power costs at most the steps since then."""
         self._saved_at = time.monotonic()
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.processes.is_main:
             return
         for lane in self.lanes:
             lane.progress.loss_sum = float(lane.loss_sum)
@@ -382,7 +405,8 @@ class Trainer:
         if self.checkpoint is None or not self.checkpoint.exists():
             return False
         tensors, note = _read_checkpoint(self.checkpoint)
-        differs = [k for k, v in self.identity.items() if note["identity"].get(k) != v]
+        mine, its = self.identity, note["identity"]
+        differs = [key for key in mine | its if mine.get(key) != its.get(key)]
         if differs:
             raise BitfitError(
                 f"{self.checkpoint} is of another run: {', '.join(differs)} differ(s). Repeat the "
@@ -405,7 +429,9 @@ class Trainer:
 
     def set_aside_checkpoint(self) -> None:
         """Keep the checkpoint of an earlier run that is not resumed, under another name."""
-        if self.checkpoint is not None and self.checkpoint.exists():
+        if self.checkpoint is None or not self.processes.is_main:
+            return
+        if self.checkpoint.exists():
             self.checkpoint.replace(f"{self.checkpoint}.old")
 
     def _moving(self) -> dict[str, Tensor]:
