@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from bitfit.bench import memory, timing, train, variants
+from bitfit.bench import lanes, memory, runs, timing, train, variants, work
+from bitfit.bench.ours import one_after_another, side_by_side
+from bitfit.bench.plan import Plan
+from bitfit.bench.runs import Run, Timed, Variant
 from bitfit.bench.train import make_plan, make_rows
-from bitfit.bench.variants import Run, Variant, choose_variants
+from bitfit.bench.variants import choose_variants
 from bitfit.cli import main
 from bitfit.encoder import Encoder
 from bitfit.errors import BitfitError
@@ -23,10 +27,10 @@ SMALL = ("--tasks", "intent", "--batch-sizes", "4", "--rounds", "1", "--no-memor
 
 
 @pytest.fixture
-def plan(checkpoint: Callable[..., str]) -> Callable[..., train.Plan]:
+def plan(checkpoint: Callable[..., str]) -> Callable[..., Plan]:
     """A function that plans one round of a small batch on a tiny base of a family."""
 
-    def make(family: str = "bert", **options: Any) -> train.Plan:
+    def make(family: str = "bert", **options: Any) -> Plan:
         given = {"tasks": ["intent"], "batch_sizes": [4], "rounds": 1, "memory": False} | options
         return make_plan(base=checkpoint(family), **given)
 
@@ -67,7 +71,7 @@ def test_ours_runs_in_bf16_where_asked_for_or_faster(
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "deberta-v2"])
 def test_every_variant_trains_what_it_says_and_nothing_else(
-    family: str, plan: Callable[..., train.Plan]
+    family: str, plan: Callable[..., Plan]
 ) -> None:
     pytest.importorskip("peft")
     work = plan(family).tables[0].work
@@ -81,24 +85,24 @@ def test_every_variant_trains_what_it_says_and_nothing_else(
         assert all(torch.equal(a, b) for a, b in zip(frozen, before[0], strict=True)), variant.name
         moved = [not torch.equal(a, b) for a, b in zip(run.trained, before[1], strict=True)]
         assert any(moved), variant.name
-        sizes = train.count_bytes(run)
+        sizes = runs.count_bytes(run)
         assert all(isinstance(value, int) for value in sizes.values())
         if variant.group == "full":
             assert not frozen
 
 
 def test_the_optimizer_and_a_checkpoint_are_counted_in_bytes(
-    plan: Callable[..., train.Plan],
+    plan: Callable[..., Plan],
 ) -> None:
     run = by_name()["ours-fp32"].build(plan().tables[0].work)
     numbers = sum(t.numel() for t in run.trained)
-    assert train.count_bytes(run) == {
+    assert runs.count_bytes(run) == {
         "trained_numbers": numbers, "optimizer_bytes": 8 * numbers, "checkpoint_bytes": 12 * numbers
     }  # fmt: skip
 
 
 def test_a_released_batch_is_padded_to_128_and_a_stock_one_to_its_longest(
-    plan: Callable[..., train.Plan],
+    plan: Callable[..., Plan],
 ) -> None:
     work = plan().tables[0].work
     model = by_name()["released"].build(work).modules[0]
@@ -107,6 +111,125 @@ def test_a_released_batch_is_padded_to_128_and_a_stock_one_to_its_longest(
         batch = variants._padded(work, work.batches[0], model, padding)
         assert batch["input_ids"].shape == (4, width)
         assert int(batch["attention_mask"].sum()) == work.tokens(0)
+
+
+# ------------------------------------------------------------------ lanes
+
+
+def make_work(encoder: Encoder, base: str, count: int) -> work.Work:
+    task, features = work.read_source(encoder, work.choose_sources(None, ["intent"], (), ())[0])
+    return work.make_table(base, encoder.device, task, features, 4, 1, count).work
+
+
+def test_side_by_side_and_one_after_another_are_the_same_runs(
+    checkpoint: Callable[..., str], open_tiny: Callable[..., Encoder]
+) -> None:
+    encoder = open_tiny("bert")
+    given = make_work(encoder, checkpoint("bert"), 3)
+    together, alone = side_by_side(given, encoder), one_after_another(given, encoder)
+    for number in range(2):
+        together.step(number)
+        alone.step(number)
+    (rows,) = together.trained
+    assert len(alone.trained) == len(rows) == 3
+    for row, other in zip(rows, alone.trained, strict=True):
+        assert torch.allclose(row, other[0], atol=1e-5)
+    assert not torch.allclose(rows[0], rows[1], atol=1e-4)  # another seed, rate and batch
+    assert runs.count_bytes(together) == runs.count_bytes(alone)
+    assert together.modules == alone.modules
+
+
+def test_each_lane_of_a_step_has_its_own_batch(
+    checkpoint: Callable[..., str], open_tiny: Callable[..., Encoder]
+) -> None:
+    given = make_work(open_tiny("bert"), checkpoint("bert"), 3)
+    assert len(given.batches) == 2 * 3 * 3  # two rounds of 3 steps of 3 batches of 4 of 40 rows
+    assert given.step_batches(1) == given.batches[3:6]
+    assert given.tokens(1) == sum(len(f) for batch in given.batches[3:6] for f in batch)
+    assert given.first(2).batches == given.batches[:6]
+
+
+def test_products_are_of_the_tokens_of_one_pass(
+    checkpoint: Callable[..., str], open_tiny: Callable[..., Encoder]
+) -> None:
+    def tokens(count: int) -> tuple[int, float]:
+        made = make_work(open_tiny("bert"), checkpoint("bert"), count)
+        table = work.Table(work=made, steps=1)
+        return runs.product_tokens(table), table.mean_tokens
+
+    one, mean = tokens(1)
+    assert one == round(mean)
+    few, mean = tokens(4)
+    assert few == round(4 * mean)
+    assert tokens(64)[0] == 1024
+
+
+def test_rows_of_lanes_give_ratios_and_the_share_of_the_roofline(
+    checkpoint: Callable[..., str], open_tiny: Callable[..., Encoder]
+) -> None:
+    encoder = open_tiny("bert")
+    tables = [
+        work.Table(work=make_work(encoder, checkpoint("bert"), count), steps=1) for count in (1, 16)
+    ]
+    values = {
+        "ours-fp32, 1 lane": [100.0, 90.0, 110.0], "alone-fp32, 1 lane": [100.0],
+        "ours-fp32, 16 lanes": [300.0], "alone-fp32, 16 lanes": [120.0],
+        runs.products_name("fp32", runs.product_tokens(tables[0])): [0.5],
+        runs.products_name("fp32", runs.product_tokens(tables[1])): [2.0],
+    }  # fmt: skip
+    sizes = {name: runs.count_bytes(None) for name in values}
+    timed = Timed(values=values, sizes=sizes, notes={})
+    one, many = lanes.make_rows([by_name()["ours-fp32"]], tables, timed, 1_000_000)
+    assert (one["lanes"], one["ratio"], one["ratio_to_one_lane"]) == (1, 1.0, 1.0)
+    assert (many["lanes"], many["ratio"], many["ratio_to_one_lane"]) == (16, 2.5, 3.0)
+    assert (one["roofline_fraction"], many["roofline_fraction"]) == (100 / 125, 300 / 500)
+    (row,) = lanes.make_rows([by_name()["ours-fp32"]], tables[1:], timed, 1_000_000)
+    assert row["ratio_to_one_lane"] is None
+
+
+def test_json_of_lanes_has_a_row_for_each_number_and_their_memory(
+    checkpoint: Callable[..., str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(lanes, "peak_memory", lambda variant, work: 1000 * work.lanes)
+    words = ["--tasks", "intent", "--lanes", "1,3", "--batch-size", "4", "--rounds", "1"]
+    code = main(["bench", "lanes", "--base", checkpoint("bert"), *words, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["command"].startswith("bitfit bench lanes --tasks intent --lanes 1,3")
+    (table,) = report["tables"]
+    assert (table["task"], table["batch_size"]) == ("intent", 4)
+    rows = [row for row in table["rows"] if row["precision"] == "fp32"]
+    assert [row["lanes"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["rounds"] == [row["tokens_per_second"]]
+        assert row["ratio"] == row["tokens_per_second"] / row["alone_tokens_per_second"]
+        bound = row["gflops"] * 1e9 / (4 * report["encoder_weights"])
+        assert row["roofline_tokens_per_second"] == pytest.approx(bound)
+        assert row["optimizer_bytes"] == rows[0]["optimizer_bytes"] * row["lanes"]
+        known = memory.is_known(torch.device("cpu"))
+        assert row["peak_memory_bytes"] == (1000 * row["lanes"] if known else None)
+    assert re.search(r"1, 3 lanes and as many runs alone on intent at 4: 1 round .* About ", err)
+
+
+def test_lanes_are_shown_as_a_table(
+    checkpoint: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--tasks", "intent", "--lanes", "2,2", "--rounds", "1", "--no-memory", "--quiet"]
+    code = main(["bench", "lanes", "--base", checkpoint("bert"), *words])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert "one after another" in out
+    rows = [line.split() for line in out.splitlines() if line.split()[1:2] == ["fp32"]]
+    assert [row[0] for row in rows] == ["2"]
+
+
+def test_a_base_without_packing_has_no_lanes(
+    checkpoint: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "lanes", "--base", checkpoint("mpnet"), "--tasks", "intent"]) == 2
+    assert "does not run packed" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ arithmetic
@@ -159,13 +282,13 @@ def test_the_products_are_those_of_a_frozen_step(open_tiny: Callable[..., Encode
 
 
 def test_the_estimate_counts_padding_and_what_each_variant_needs(
-    plan: Callable[..., train.Plan],
+    plan: Callable[..., Plan],
 ) -> None:
     table = plan().tables[0]
     tokens = sum(table.work.tokens(i) for i in range(len(table.work.batches)))
 
     def seconds(name: str, slow: tuple[str, ...] = ()) -> float:
-        return train.estimate(1_000_000, [by_name()[name]], [table], {"fp32": 1.0}, slow)
+        return runs.estimate(1_000_000, [(by_name()[name], table)], {"fp32": 1.0}, slow)
 
     assert seconds("ours-fp32") == pytest.approx(4e6 * tokens / 0.5e9)
     padded = 4 * 128 * len(table.work.batches)
@@ -193,9 +316,9 @@ def test_peak_memory_is_that_of_the_steps_and_not_of_loading() -> None:
 
 @pytest.mark.skipif(not memory.MARK.exists(), reason="Linux only")
 def test_each_variant_is_measured_in_a_process_of_its_own(
-    plan: Callable[..., train.Plan], monkeypatch: pytest.MonkeyPatch
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = plan().tables[0].work
+    work = dataclasses.replace(plan().tables[0].work, lanes=2)
     peak = memory.peak_memory(by_name()["ours-fp32"], work)
     assert peak is not None
     assert 0 < peak < 500_000_000
@@ -205,7 +328,7 @@ def test_each_variant_is_measured_in_a_process_of_its_own(
 
 
 def test_where_there_is_no_mark_the_peak_is_not_known(
-    plan: Callable[..., train.Plan], monkeypatch: pytest.MonkeyPatch
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "MARK", Path("/none"))
     work = plan().tables[0].work
@@ -291,17 +414,20 @@ def test_an_older_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--no-such"], "no-such"),
     ],
 )
+@pytest.mark.parametrize("command", ["train", "lanes"])
 def test_misuse_is_refused_before_anything_runs(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    command: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "train", *words]) == 2
+    if command == "lanes":
+        words = ["--lanes" if word == "--batch-sizes" else word for word in words]
+    assert main(["bench", command, *words]) == 2
     out, err = capsys.readouterr()
     assert not out
     assert message in err
 
 
 def test_the_lengths_of_real_tasks_are_read(
-    real_data: Callable[..., Path], plan: Callable[..., train.Plan]
+    real_data: Callable[..., Path], plan: Callable[..., Plan]
 ) -> None:
     found = plan(data=str(real_data("glue_data")), tasks=["mrpc", "stsb"], batch_sizes=[8, 32])
     assert [(t.work.task.name, t.batch_size, t.steps) for t in found.tables] == [

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 
 from bitfit.batches import Feature
-from bitfit.bench.variants import Run, Variant, Work, choose_variants
+from bitfit.bench.runs import Run, Variant
+from bitfit.bench.variants import choose_variants
+from bitfit.bench.work import Work
 from bitfit.errors import BitfitError
 from bitfit.tasks import Task
 
@@ -35,19 +37,19 @@ STATUS = Path("/proc/self/status")
 def peak_memory(variant: Variant, work: Work) -> int | None:
     """Return the bytes that training takes above the loaded model; None: not known here.
 
-    Two steps are taken on the batch with most tokens: the optimizer's state comes with the end of
-    the first.
+    Two steps are taken on the batches of the step with most tokens: the optimizer's state comes
+    with the end of the first.
 
     Raises:
         BitfitError: the process failed; the message is its last line.
     """
     if not is_known(work.device):
         return None
-    batch = max(work.batches, key=lambda batch: sum(map(len, batch)))
+    largest = max(range(len(work.batches) // work.lanes), key=work.tokens)
     order = {
         "variant": variant.name, "base": work.base, "device": str(work.device),
         "threads": torch.get_num_threads(), "task": dataclasses.asdict(work.task),
-        "batch": [_to_json(feature) for feature in batch],
+        "batches": [[_to_json(f) for f in batch] for batch in work.step_batches(largest)],
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "bitfit.bench.memory"],
@@ -128,7 +130,8 @@ def main() -> None:
     }
     work = Work(
         base=order["base"], device=torch.device(order["device"]), task=Task(**task),
-        batches=[[_from_json(found) for found in order["batch"]]],
+        batches=[[_from_json(found) for found in batch] for batch in order["batches"]],
+        lanes=len(order["batches"]),
     )  # fmt: skip
     everything = {v.name: v for v in choose_variants("bf16", {"fp32": 0.0, "bf16": 0.0}, "bf16")}
     variant = everything[order["variant"]]

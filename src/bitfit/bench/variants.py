@@ -8,119 +8,23 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitfit.base import find_base, max_positions, quiet_transformers
-from bitfit.batches import Batch, Feature, Features, pack
-from bitfit.encoder import open_encoder
-from bitfit.heads import make_head
-from bitfit.tasks import Task
+from bitfit.batches import Feature
+from bitfit.bench.ours import our_step
+from bitfit.bench.runs import MAX_GRAD_NORM, Run, Unavailable, Variant
+from bitfit.bench.work import MAX_LENGTH, Work
 from bitfit.terms import FAMILIES, select_biases
-from bitfit.training.lane import Lane, Split
-from bitfit.training.methods import choose_layout, make_method
-from bitfit.training.settings import TrainConfig
-from bitfit.training.train import Trainer
 
-MAX_LENGTH = 128
-MAX_GRAD_NORM = 1.0
 FROZEN_FLOPS, FULL_FLOPS = 4, 6
 """Per encoder weight and token: forward and input gradient; full fine-tuning weight gradient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What every variant is given: a base and the batches of a task."""
-
-    base: str
-    device: torch.device
-    task: Task
-    batches: Sequence[Sequence[Feature]]
-
-    def tokens(self, number: int) -> int:
-        """Return the real (not padding) tokens of a batch."""
-        return sum(len(feature) for feature in self.batches[number])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A variant that is ready to train."""
-
-    step: Callable[[int], None]
-    """Train on the batch of this number."""
-    trained: Sequence[Tensor]
-    """What is trained and has to be saved."""
-    optimizer_state: Callable[[], Iterable[Tensor]]
-    """The optimizer's tensors; torch's has none before its first step."""
-    modules: Sequence[nn.Module] = field(repr=False)
-    """The loaded model."""
-
-
-class Unavailable(Exception):
-    """A variant that cannot run here; the message is what its row says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A row of the table."""
-
-    name: str
-    title: str
-    group: str
-    """``ours``, ``released``, ``stock``, ``full-released``, ``full``, ``lora`` or ``beft``: of a
-    group with several precisions the faster counts."""
-    precision: str
-    pads_to: str
-    """``packed``, ``longest`` (of the batch) or ``128``."""
-    flops: int
-    """Floating-point operations per encoder weight and token that cannot be avoided."""
-    build: Callable[[Work], Run]
-
-
-# ------------------------------------------------------------------ ours
-
-
-def our_step(work: Work, *, dtype: str) -> Run:
-    """Return bitfit's own step: the only place here that knows :class:`Trainer`."""
-    encoder = open_encoder(work.base, dtype, str(work.device))
-    config = TrainConfig(
-        recipe="paper", batch_size=len(work.batches[0]), schedule="constant", warmup_ratio=0.0,
-        max_grad_norm=MAX_GRAD_NORM,
-    )  # fmt: skip
-    head = make_head(work.task, encoder, "auto")
-    number = 0
-
-    class OnGivenBatches(Lane):
-        def next_batch(self) -> Batch:
-            return pack(work.batches[number]).to(self.device)
-
-    items = [feature for batch in work.batches for feature in batch]
-    lane = OnGivenBatches(
-        task=work.task, head=head, config=config, layout=choose_layout(encoder, head, config),
-        train=Split([], Features(items, len(items), 0)), dev=None, device=encoder.device,
-    )  # fmt: skip
-    method = make_method(encoder, [lane])
-    trainer = Trainer(encoder=encoder, method=method, lanes=[lane])
-    steps = trainer.steps_only()
-
-    def step(wanted: int) -> None:
-        nonlocal number
-        number = wanted
-        done = next(steps)
-        assert done.tokens == work.tokens(wanted)
-
-    optimizer = trainer.optimizer
-    pooler = [] if encoder.pooler is None else [encoder.pooler]
-    return Run(
-        step=step, trained=method.tensors, modules=[encoder.model, *pooler],
-        optimizer_state=lambda: [*optimizer.means, *optimizer.squares],
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ stock parts
@@ -272,23 +176,33 @@ def _stock(
     )
 
 
-def choose_variants(dtype: str, gflops: dict[str, float], favoured: str) -> list[Variant]:
+def choose_ours(dtype: str, favoured: str) -> list[Variant]:
+    """Return bitfit itself, once for every precision it is measured in.
+
+    Args:
+        dtype: ``auto``, ``fp32`` or ``bf16``: it runs in fp32, and in bf16 too where that was asked
+            for or, for ``auto``, where it is ``favoured``.
+        favoured: the precision that :func:`bitfit.encoder.measure_precision` chose.
+    """
+    both = dtype == "bf16" or (dtype == "auto" and favoured == "bf16")
+    return [_ours(precision) for precision in (("fp32", "bf16") if both else ("fp32",))]
+
+
+def choose_variants(dtype: str, gflops: Mapping[str, float], favoured: str) -> list[Variant]:
     """Return the variants to run, each once for every precision it is measured in.
 
     Args:
-        dtype: ``auto``, ``fp32`` or ``bf16``: ours runs in fp32, and in bf16 too where that was
-            asked for or, for ``auto``, where it is ``favoured``.
+        dtype: of ours, as :func:`choose_ours` takes it.
         gflops: this machine's matrix products by precision. Stock bias training and full
             fine-tuning run in both all the same; peft in bf16 only where that is not the slower.
-        favoured: the precision that :func:`bitfit.encoder.measure_precision` chose.
+        favoured: see :func:`choose_ours`.
     """
     both = ("fp32", "bf16")
-    ours = both if dtype == "bf16" or (dtype == "auto" and favoured == "bf16") else both[:1]
     of_peft = both if gflops["bf16"] >= gflops["fp32"] else both[:1]
     longest = {"padding": "longest"}
     released = {"padding": "128", "autocast": False}
     return [
-        *(_ours(p) for p in ours),
+        *choose_ours(dtype, favoured),
         _variant("released", "released recipe: fp32, padded to 128", "fp32", "128", bias_step,
                  terms="released:all", **released),
         *(_stock("stock", "stock biases", p, bias_step, terms="all", **longest) for p in both),

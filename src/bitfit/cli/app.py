@@ -39,6 +39,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 _BENCH_COMMANDS: dict[str, Callable[..., None]] = {
     "train": bench.train,
+    "lanes": bench.lanes,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,17 +13,36 @@ from bitfit.cli import console, options
 from bitfit.errors import UsageError
 
 if TYPE_CHECKING:
-    from bitfit.bench.train import Plan
+    from bitfit.bench.plan import Plan
+
+    RunTables = Callable[[Plan, Callable[[str], None]], Iterator[dict[str, Any]]]
+
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR", rich_help_panel=options.DATA,
+        help="A GLUE folder; without it the example's sentences that come with bitfit.",
+    ),
+]  # fmt: skip
+Rounds = Annotated[
+    int,
+    typer.Option(
+        min=1, rich_help_panel=options.TRAINING,
+        help="How often all have their turn; the median counts.",
+    ),
+]  # fmt: skip
+Memory = Annotated[
+    bool,
+    typer.Option(
+        "--memory/--no-memory", rich_help_panel=options.TRAINING,
+        help="Measure peak memory too, each in a process of its own.",
+    ),
+]  # fmt: skip
 
 
 def train(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", rich_help_panel=options.DATA,
-            help="A GLUE folder; without it the example's sentences that come with bitfit.",
-        ),
-    ] = None,
+    data: Data = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -36,20 +55,8 @@ def train(
         str,
         typer.Option(rich_help_panel=options.TRAINING, help="Rows in a step, between commas."),
     ] = "8,32",
-    rounds: Annotated[
-        int,
-        typer.Option(
-            min=1, rich_help_panel=options.TRAINING,
-            help="How often every variant has its turn; the median counts.",
-        ),
-    ] = 5,
-    memory: Annotated[
-        bool,
-        typer.Option(
-            "--memory/--no-memory", rich_help_panel=options.TRAINING,
-            help="Measure peak memory too, each variant in a process of its own.",
-        ),
-    ] = True,
+    rounds: Rounds = 5,
+    memory: Memory = True,
     base: options.Base = "minilm",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -65,21 +72,91 @@ def train(
     loaded model, and the bytes of the optimizer and of a checkpoint. Takes minutes, and means
     something on a quiet machine only.
     """
-    given = dict(locals())
+    command = _command("train", dict(locals()))
     sizes = _numbers("--batch-sizes", batch_sizes)
-    from bitfit.bench.train import describe, make_plan, run_tables
+    from bitfit.bench.train import make_plan, run_tables
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     plan = make_plan(
         base=base, data=data, tasks=_names(tasks or ""), batch_sizes=sizes, rounds=rounds,
         memory=memory, dtype=dtype, device=device,
     )  # fmt: skip
-    report = describe(plan, _command(given)) | {"tables": []}
+    where = ", ".join(f"{t.work.task.name} at {t.batch_size}" for t in plan.tables)
+    what = f"{console.count(len(plan.variants), 'variant')} on {where}"
+    each = f"{console.count(sum(t.steps for t in plan.tables), 'step')} a variant"
+    _run(plan, run_tables, _show_table, command, (what, each), as_json=as_json, quiet=quiet)
+
+
+def lanes(
+    data: Data = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=options.DATA,
+            help="Tasks between commas (default: sst2,mrpc; without --data the example's "
+            "intent,urgency,sentiment).",
+        ),
+    ] = None,
+    lanes: Annotated[
+        str,
+        typer.Option(rich_help_panel=options.TRAINING, help="Numbers of runs, between commas."),
+    ] = "1,4,16,64",
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, rich_help_panel=options.TRAINING, help="Rows in a step of one run."
+        ),
+    ] = 8,
+    rounds: Rounds = 5,
+    memory: Memory = True,
+    base: options.Base = "minilm",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:  # fmt: skip
+    """Time training runs side by side against the same runs one after another.
+
+    Both ways train the same batches, in turns. Shown are real (not padding) tokens per second, all
+    runs together, their ratio, the share of what this machine's matrix products allow, peak memory
+    above the loaded model, and the bytes of the optimizer and of a checkpoint. Takes minutes, and
+    means something on a quiet machine only.
+    """
+    command = _command("lanes", dict(locals()))
+    counts = _numbers("--lanes", lanes)
+    from bitfit.bench.lanes import make_plan, run_tables
+
+    _set_threads(threads)
+    plan = make_plan(
+        base=base, data=data, tasks=_names(tasks or ""), lanes=counts, batch_size=batch_size,
+        rounds=rounds, memory=memory, dtype=dtype, device=device,
+    )  # fmt: skip
+    shown = ", ".join(str(table.work.lanes) for table in plan.groups[0])
+    names = ", ".join(group[0].work.task.name for group in plan.groups)
+    what = f"{shown} lanes and as many runs alone on {names} at {batch_size}"
+    steps = sum(t.steps * t.work.lanes for t in plan.tables) * len(plan.variants)
+    each = console.count(steps, "step")
+    _run(plan, run_tables, _show_lanes, command, (what, each), as_json=as_json, quiet=quiet)
+
+
+def _run(
+    plan: Plan,
+    run_tables: RunTables,
+    show: Callable[[Mapping[str, Any]], None],
+    command: str,
+    about: tuple[str, str],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run a plan; ``about`` says what is run, and how much of it in a round."""
+    from bitfit.bench.plan import describe
+
+    report = describe(plan, command) | {"tables": []}
     if not quiet:
-        _show_plan(plan)
+        _show_plan(plan, *about)
     if not as_json:
         _show_machine(report)
     with _Progress(plan.turns, quiet) as progress:
@@ -87,9 +164,16 @@ def train(
             report["tables"].append(table)
             if not as_json:
                 with progress.paused():
-                    _show_table(table)
+                    show(table)
     if as_json:
         console.print_json(report)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _names(text: str) -> list[str]:
@@ -103,12 +187,12 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(name) for name in names]
 
 
-def _command(given: Mapping[str, Any]) -> str:
+def _command(name: str, given: Mapping[str, Any]) -> str:
     """Return the command with every choice that changes what is measured."""
-    words = ["bitfit", "bench", "train"]
-    for name in ("data", "tasks", "batch_sizes", "rounds", "base", "dtype", "device", "threads"):
-        if given[name] is not None:
-            words += [f"--{name.replace('_', '-')}", str(given[name])]
+    words = ["bitfit", "bench", name]
+    for option, value in given.items():
+        if value is not None and not isinstance(value, bool):
+            words += [f"--{option.replace('_', '-')}", str(value)]
     return shlex.join(words if given["memory"] else [*words, "--no-memory"])
 
 
@@ -160,12 +244,9 @@ class _Paused:
             self.bar.start()
 
 
-def _show_plan(plan: Plan) -> None:
-    tables = [f"{t.work.task.name} at {t.batch_size}" for t in plan.tables]
-    steps = console.count(sum(t.steps for t in plan.tables), "step")
+def _show_plan(plan: Plan, what: str, each: str) -> None:
     console.note(
-        f"{console.count(len(plan.variants), 'variant')} on {', '.join(tables)}: "
-        f"{console.count(plan.rounds, 'round')} and one to warm up, each of {steps} a variant"
+        f"{what}: {console.count(plan.rounds, 'round')} and one to warm up, each of {each}"
         + (", then each once more in its own process for its memory" if plan.memory else "")
         + "".join(f". {name} is slow here: one step in one round" for name in sorted(plan.slow))
         + f". About {console.duration(plan.seconds)}."
@@ -209,8 +290,35 @@ def _cells(row: Mapping[str, Any]) -> Sequence[str]:
     return (
         row["title"], f"{row['tokens_per_second']:,.0f}", console.number(row["ratio"], 2),
         console.number(row["ratio_to_best_stock"], 2), f"{share:.0%}",
-        *(_size(row[key]) for key in ("peak_memory_bytes", "optimizer_bytes", "checkpoint_bytes")),
+        *_sizes(row),
     )  # fmt: skip
+
+
+def _show_lanes(table: Mapping[str, Any]) -> None:
+    rows = table["rows"]
+    products = {(r["product_tokens"], r["precision"]): r["gflops"] for r in rows}
+    shown = ", ".join(f"{rate:,.1f} of {n} in {kind}" for (n, kind), rate in products.items())
+    console.say("")
+    console.print_table(
+        (">lanes", "precision", ">tokens/s", ">one after another", ">ratio", ">to one lane",
+         ">roofline", ">peak memory", ">optimizer", ">checkpoint"),
+        [
+            (
+                str(row["lanes"]), row["precision"], f"{row['tokens_per_second']:,.0f}",
+                f"{row['alone_tokens_per_second']:,.0f}", console.number(row["ratio"], 2),
+                console.number(row["ratio_to_one_lane"], 2), f"{row['roofline_fraction']:.0%}",
+                *_sizes(row),
+            )
+            for row in rows
+        ],
+        title=f"{table['task']}, batch {table['batch_size']}: {table['tokens_per_batch']:.0f} "
+              f"tokens a batch; products of so many tokens: {shown} GFLOP/s",
+    )  # fmt: skip
+
+
+def _sizes(row: Mapping[str, Any]) -> Iterator[str]:
+    keys = ("peak_memory_bytes", "optimizer_bytes", "checkpoint_bytes")
+    return (_size(row[key]) for key in keys)
 
 
 def _size(count: int | None) -> str:

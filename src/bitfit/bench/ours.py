@@ -1,0 +1,85 @@
+"""bitfit's own training step on given batches: the only place here that knows :class:`Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bitfit.batches import Batch, Features, pack
+from bitfit.bench.runs import MAX_GRAD_NORM, Run
+from bitfit.bench.work import Work
+from bitfit.encoder import Encoder, open_encoder
+from bitfit.heads import make_head
+from bitfit.training.lane import Lane, Split
+from bitfit.training.methods import choose_layout, make_method
+from bitfit.training.settings import PAPER_RATES, TrainConfig
+from bitfit.training.train import Trainer
+
+
+def our_step(work: Work, *, dtype: str) -> Run:
+    """Return the step of ``work.lanes`` runs side by side, on an encoder of its own."""
+    return side_by_side(work, open_encoder(work.base, dtype, str(work.device)))
+
+
+def side_by_side(work: Work, encoder: Encoder) -> Run:
+    """Return a step in which all lanes share their forward passes."""
+    return _run(work, encoder, [_make_lanes(work, encoder)])
+
+
+def one_after_another(work: Work, encoder: Encoder) -> Run:
+    """Return the same runs, each with a trainer to itself: one step of each in turn."""
+    return _run(work, encoder, [[lane] for lane in _make_lanes(work, encoder)])
+
+
+class _LaneOnGivenBatches(Lane):
+    """A lane that takes its batch of the step that is wanted."""
+
+    place: int
+    work: Work
+    number = 0
+
+    def next_batch(self) -> Batch:
+        return pack(self.work.step_batches(self.number)[self.place]).to(self.device)
+
+
+def _make_lanes(work: Work, encoder: Encoder) -> list[_LaneOnGivenBatches]:
+    """Return lanes that differ in batches, seed (so in dropout and head) and learning rate."""
+    head, rates = make_head(work.task, encoder, "auto"), PAPER_RATES["bitfit"]
+    items = [feature for batch in work.batches for feature in batch]
+    split = Split([], Features(items, len(items), 0))
+    lanes = []
+    for place in range(work.lanes):
+        config = TrainConfig(
+            recipe="paper", batch_size=len(work.batches[0]), schedule="constant", warmup_ratio=0.0,
+            max_grad_norm=MAX_GRAD_NORM, seed=place, learning_rate=rates[-1 - place % len(rates)],
+        )  # fmt: skip
+        lane = _LaneOnGivenBatches(
+            task=work.task, head=head, config=config, layout=choose_layout(encoder, head, config),
+            train=split, dev=None, device=encoder.device,
+        )  # fmt: skip
+        lane.place, lane.work = place, work
+        lanes.append(lane)
+    return lanes
+
+
+def _run(work: Work, encoder: Encoder, groups: Sequence[Sequence[_LaneOnGivenBatches]]) -> Run:
+    """Return the step that takes one step of each group, its lanes side by side."""
+    trainers = []
+    for group in groups:
+        method = make_method(encoder, group, len(group))
+        trainers.append(Trainer(encoder=encoder, method=method, lanes=group))
+    steps = [trainer.steps_only() for trainer in trainers]
+
+    def step(wanted: int) -> None:
+        for group in groups:
+            for lane in group:
+                lane.number = wanted
+        done = sum(next(each).tokens for each in steps)
+        assert done == work.tokens(wanted)
+
+    optimizers = [trainer.optimizer for trainer in trainers]
+    pooler = [] if encoder.pooler is None else [encoder.pooler]
+    return Run(
+        step=step, trained=[t for trainer in trainers for t in trainer.method.tensors],
+        optimizer_state=lambda: [t for o in optimizers for t in (*o.means, *o.squares)],
+        modules=[encoder.model, *pooler],
+    )  # fmt: skip
