@@ -42,14 +42,14 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if bitfit_state.dropout is None or not dropout:
         return _attend(q, k, v, bitfit_batch, scaling)[None], None
-    contexts: list[Tensor] = []
-    begin = 0
-    for bits, batch in bitfit_state.dropout.parts:
-        own = slice(begin, begin + len(batch.input_ids))
-        contexts.append(_DroppedAttention.apply(  # type: ignore[no-untyped-call]
-            q[own], k[own], v[own], batch, scaling, bits, dropout
-        ))  # fmt: skip
-        begin = own.stop
+    parts = bitfit_state.dropout.parts
+    counts = [len(batch.input_ids) for _, batch in parts]
+    # A split and not slices: the backward of each slice writes zeros for all other runs.
+    own = zip(*(x.split(counts) for x in (q, k, v)), strict=True)
+    contexts = [
+        _DroppedAttention.apply(*qkv, batch, scaling, bits, dropout)  # type: ignore[no-untyped-call]
+        for qkv, (bits, batch) in zip(own, parts, strict=True)
+    ]
     context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     return context[None], None
 
@@ -78,7 +78,7 @@ class _DroppedAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         heads = q.shape[1]
         q, k, v = (_side_by_side(x, batch).flatten(0, 1) for x in (q, k, v))  # (B * H, L, hd)
-        scores = torch.baddbmm(_score_mask(batch, heads, q.dtype), q, k.mT, alpha=scaling)
+        scores = torch.baddbmm(batch.score_mask(heads, q.dtype), q, k.mT, alpha=scaling)
         weights = torch.softmax(scores, dim=-1)
         factor = bits.scale(weights, rate)
         context = torch.bmm(weights * factor, v)
@@ -102,13 +102,6 @@ class _DroppedAttention(torch.autograd.Function):
         packed = (_end_to_end(x.flatten(0, 1), ctx.batch, ctx.heads)
                   for x in (grad_q, grad_k, grad_v))  # fmt: skip
         return (*packed, None, None, None, None)
-
-
-def _score_mask(batch: Batch, heads: int, dtype: torch.dtype) -> Tensor:
-    """``(B * heads, 1, L)``: 0 where a sequence has a token, the least number at its padding."""
-    mask = torch.zeros(batch.mask.shape, dtype=dtype, device=batch.mask.device)
-    mask.masked_fill_(~batch.mask, torch.finfo(dtype).min)
-    return mask.repeat_interleave(heads, 0)[:, None]
 
 
 def _side_by_side(x: Tensor, batch: Batch) -> Tensor:

@@ -106,6 +106,14 @@ class Batch:
             self._rows["packed", heads] = rows.flatten()
         return self._rows["packed", heads]
 
+    def score_mask(self, heads: int, dtype: torch.dtype) -> Tensor:
+        """``(B * heads, 1, L)``: 0 where a sequence has a token, the least number elsewhere."""
+        if (str(dtype), heads) not in self._rows:
+            mask = torch.zeros(self.mask.shape, dtype=dtype, device=self.lengths.device)
+            mask.masked_fill_(~self.mask, torch.finfo(dtype).min)
+            self._rows[str(dtype), heads] = mask.repeat_interleave(heads, 0)[:, None]
+        return self._rows[str(dtype), heads]
+
     @cached_property
     def _rows(self) -> dict[tuple[str, int], Tensor]:
         return {}  # every layer asks for the same

@@ -303,17 +303,16 @@ class Trainer:
             index = slots.repeat_interleave(counts).to(self.encoder.device)
         dropout = StepDropout(list(zip(bits, batches, strict=True)))
         hidden = self.encoder.encode(batch, shifts, index, dropout)
-        losses, begin = [], 0
-        for (slot, lane), share, draws in zip(running, shares, bits, strict=True):
+        losses = []
+        parts = hidden.split([len(own.input_ids) for own in batches])
+        for (slot, lane), share, draws, part in zip(running, shares, bits, parts, strict=True):
             own = share.batch
-            end = begin + len(own.input_ids)
             pooler = {k: v[slot : slot + 1] for k, v in shifts.items() if k.startswith("pooler")}
-            vectors, _ = head_inputs(self.encoder, lane.head, hidden[begin:end], own, pooler)
+            vectors, _ = head_inputs(self.encoder, lane.head, part, own, pooler)
             weights = lane.head.split(heads[slot][: lane.head.size])
             logits = head_logits(lane.head, weights, vectors, draws)
             loss = batch_loss(lane.head, logits, own, lane.class_weights)
             losses.append(loss if share.weight == 1 else loss * share.weight)
-            begin = end
         return losses
 
     def _drop_diverged(
