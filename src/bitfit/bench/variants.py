@@ -30,11 +30,22 @@ FROZEN_FLOPS, FULL_FLOPS = 4, 6
 # ------------------------------------------------------------------ stock parts
 
 
-def bias_step(work: Work, *, terms: str, padding: str, autocast: bool) -> Run:
-    """Return a step of transformers' model with ``requires_grad`` on its biases and its head."""
+def bias_step(
+    work: Work,
+    *,
+    terms: str,
+    padding: str,
+    autocast: bool,
+    compiled: Mapping[str, Any] | None = None,
+) -> Run:
+    """Return a step of transformers' model with ``requires_grad`` on its biases and its head.
+
+    ``compiled`` has the options of ``torch.compile``; None: the model runs as it is.
+    """
     model = _classifier(work)
     select_biases(model, terms)
-    return _stock_step(work, model, model, padding, autocast)
+    called = model if compiled is None else torch.compile(model, **compiled)
+    return _stock_step(work, model, called, padding, autocast)
 
 
 def full_step(work: Work, *, padding: str, autocast: bool) -> Run:
