@@ -169,8 +169,8 @@ def finetune(
         file = make_task_file(
             best, splits, data_hash=hashes["train"],
             candidates=candidates if rates else None, train_score=train_score,
-            held_out=data_config.dev_fraction if dataset.held_out else None,
-            storage=storage, licence=licence, description=description,
+            rows=_choice_of_rows(data_config, dataset), storage=storage, licence=licence,
+            description=description,
         )  # fmt: skip
         if out is not None:
             save_outcome(Path(out), best, file)
@@ -183,6 +183,13 @@ def finetune(
         file=file, trainer=best, dataset=dataset, path=None if out is None else Path(out),
         seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _choice_of_rows(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
+    """Return what ``bitfit eval`` needs to find the rows again that were not trained on."""
+    if not dataset.held_out:
+        return {}
+    return {"dev_fraction": config.dev_fraction, "dev_seed": config.seed}
 
 
 def _train(

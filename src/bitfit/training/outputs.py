@@ -124,12 +124,15 @@ def make_task_file(
     data_hash: str,
     candidates: list[dict[str, Any]] | None,
     train_score: bool,
-    held_out: float | None,
+    rows: Mapping[str, Any],
     storage: StorageType,
     licence: str | None,
     description: str | None,
 ) -> TaskFile:
-    """Return the task file of a finished run: the kept epoch, scored, calibrated and probed."""
+    """Return the task file of a finished run: the kept epoch, scored, calibrated and probed.
+
+    ``rows`` says how the rows were chosen; kept in the recipe, so that they are found again.
+    """
     kept, base = trainer.keep(), trainer.encoder.base
     scores: dict[str, float] = {}
     temperature, calibration = None, None
@@ -153,9 +156,8 @@ def make_task_file(
         "threads": torch.get_num_threads(),
         "train_rows": len(trainer.train.examples),
         "dev_rows": 0 if trainer.dev is None else len(trainer.dev.examples),
+        **rows,
     }
-    if held_out is not None:
-        recipe["dev_fraction"] = held_out
     if candidates is not None:
         recipe["rates_tried"] = [c | {"score": _number(c["score"])} for c in candidates]
     return TaskFile(
