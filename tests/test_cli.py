@@ -579,6 +579,20 @@ def test_glue_from_training_to_the_servers_files(tmp_path: Path, base: str, run:
     assert code == 0
     assert out.startswith("index\tprediction\n0\t")
     assert {line.split("\t")[1] for line in out.splitlines()[1:]} <= {"0", "1"}
+    named = tmp_path / "runs" / "mine.bitfit.safetensors"
+    code, out, err = run("train", "--base", base, "--task", "mrpc", "--name", "mine", "--data",
+                         data, "--out", named, *QUICK, "--json")  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["task"] == "mine"
+    code, out, err = run("eval", named, "--data", data, "--base", base, "--json")
+    assert code == 0, err
+    assert json.loads(out)["scores"] == report["scores"]
+    answers = [
+        run("predict", each, "--base", base, "--format", "glue", "--data", data)
+        for each in (named, file)
+    ]
+    assert answers[0] == answers[1]
     file = tmp_path / "runs" / "mnli.bitfit.safetensors"
     arguments = ("predict", file, "--base", base, "--format", "glue", "--data", data)
     assert run(*arguments)[0] == 2, "two files need a folder"

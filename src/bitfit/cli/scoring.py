@@ -61,8 +61,9 @@ def trained_dtype(file: TaskFile, dtype: str) -> str:
 
 
 def builtin_of(file: TaskFile) -> BuiltinTask | None:
-    """Return the built-in task that a file was made for, if it was."""
-    found = BUILTIN_TASKS.get(file.task.name)
+    """Return the built-in task that a file was made for, if it was, whatever its name is."""
+    # Files of 0.1.0 do not say it: they are known by the task's own name only.
+    found = BUILTIN_TASKS.get(str(file.recipe.get("builtin_task", file.task.name)))
     same = found is not None and (found.task.kind, found.task.labels) == (
         file.task.kind, file.task.labels,
     )  # fmt: skip

@@ -169,7 +169,7 @@ def finetune(
         file = make_task_file(
             best, splits, data_hash=hashes["train"],
             candidates=candidates if rates else None, train_score=train_score,
-            rows=_choice_of_rows(data_config, dataset), storage=storage, licence=licence,
+            source=_source(data_config, dataset), storage=storage, licence=licence,
             description=description,
         )  # fmt: skip
         if out is not None:
@@ -185,11 +185,14 @@ def finetune(
     )  # fmt: skip
 
 
-def _choice_of_rows(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
-    """Return what ``bitfit eval`` needs to find the rows again that were not trained on."""
-    if not dataset.held_out:
-        return {}
-    return {"dev_fraction": config.dev_fraction, "dev_seed": config.seed}
+def _source(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
+    """Return what ``bitfit eval`` needs to read the same data, and to find the rows held out."""
+    found: dict[str, Any] = {}
+    if config.builtin is not None:  # the task may go by another name
+        found["builtin_task"] = config.builtin.task.name
+    if dataset.held_out:
+        found |= {"dev_fraction": config.dev_fraction, "dev_seed": config.seed}
+    return found
 
 
 def _train(

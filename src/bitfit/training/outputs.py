@@ -124,14 +124,14 @@ def make_task_file(
     data_hash: str,
     candidates: list[dict[str, Any]] | None,
     train_score: bool,
-    rows: Mapping[str, Any],
+    source: Mapping[str, Any],
     storage: StorageType,
     licence: str | None,
     description: str | None,
 ) -> TaskFile:
     """Return the task file of a finished run: the kept epoch, scored, calibrated and probed.
 
-    ``rows`` says how the rows were chosen; kept in the recipe, so that they are found again.
+    ``source`` says how the data is read; kept in the recipe, so that its rows are found again.
     """
     kept, base = trainer.keep(), trainer.encoder.base
     scores: dict[str, float] = {}
@@ -156,7 +156,7 @@ def make_task_file(
         "threads": torch.get_num_threads(),
         "train_rows": len(trainer.train.examples),
         "dev_rows": 0 if trainer.dev is None else len(trainer.dev.examples),
-        **rows,
+        **source,
     }
     if candidates is not None:
         recipe["rates_tried"] = [c | {"score": _number(c["score"])} for c in candidates]
