@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import typer
 
-from bitfit import cli
+import bitfit
+from bitfit import DataConfig, cli
 from bitfit.cli import app, console, options, training
 from bitfit.errors import BaseModelError
 from bitfit.training.finetune import RunStarted
@@ -578,6 +579,20 @@ def test_glue_from_training_to_the_servers_files(tmp_path: Path, base: str, run:
     assert code == 0
     assert out.startswith("index\tprediction\n0\t")
     assert {line.split("\t")[1] for line in out.splitlines()[1:]} <= {"0", "1"}
+    named = tmp_path / "runs" / "mine.bitfit.safetensors"
+    code, out, err = run("train", "--base", base, "--task", "mrpc", "--name", "mine", "--data",
+                         data, "--out", named, *QUICK, "--json")  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["task"] == "mine"
+    code, out, err = run("eval", named, "--data", data, "--base", base, "--json")
+    assert code == 0, err
+    assert json.loads(out)["scores"] == report["scores"]
+    answers = [
+        run("predict", each, "--base", base, "--format", "glue", "--data", data)
+        for each in (named, file)
+    ]
+    assert answers[0] == answers[1]
     file = tmp_path / "runs" / "mnli.bitfit.safetensors"
     arguments = ("predict", file, "--base", base, "--format", "glue", "--data", data)
     assert run(*arguments)[0] == 2, "two files need a folder"
@@ -928,6 +943,34 @@ def test_eval_finds_the_held_out_rows_whatever_share_they_were(
     assert code == 0, err
     assert json.loads(found)["rows"] == json.loads(text)["rows"]["dev"] == 12
     assert json.loads(found)["scores"] == json.loads(text)["scores"]
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_eval_finds_the_held_out_rows_whatever_seed_chose_them(
+    as_folder: bool, tmp_path: Path, base: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seed of the data is its own, and a folder without dev.csv holds out as a file does."""
+    scored: list[Any] = []
+    evaluate = bitfit.Model.evaluate
+
+    def watch(model: bitfit.Model, examples: Any, task: str | None = None) -> dict[str, float]:
+        scored.append(list(examples))
+        return evaluate(model, examples, task)
+
+    monkeypatch.setattr(bitfit.Model, "evaluate", watch)
+    (tmp_path / "moods").mkdir()
+    data, out = write_rows(tmp_path / "moods" / "train.csv"), tmp_path / "moods.bitfit.safetensors"
+    source = data.parent if as_folder else data
+    config = DataConfig(data=source, text="body", label="mood", dev_fraction=0.3, seed=7)
+    outcome = bitfit.finetune(base, data=config, out=out, epochs=2, seed=3, dtype="fp32")
+    assert outcome.file.recipe["dev_seed"] == 7
+    code, found, err = run("eval", out, "--data", source, "--text", "body", "--label", "mood",
+                           "--base", base, "--json")  # fmt: skip
+    assert code == 0, err
+    report = json.loads(found)
+    assert report["rows"] == outcome.to_json()["rows"]["dev"] == 12
+    assert report["scores"] == outcome.file.scores
+    assert scored == [list(outcome.dataset.splits["dev"])]
 
 
 def test_training_says_its_precision_and_that_it_pads(

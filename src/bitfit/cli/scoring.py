@@ -61,8 +61,9 @@ def trained_dtype(file: TaskFile, dtype: str) -> str:
 
 
 def builtin_of(file: TaskFile) -> BuiltinTask | None:
-    """Return the built-in task that a file was made for, if it was."""
-    found = BUILTIN_TASKS.get(file.task.name)
+    """Return the built-in task that a file was made for, if it was, whatever its name is."""
+    # Files of 0.1.0 do not say it: they are known by the task's own name only.
+    found = BUILTIN_TASKS.get(str(file.recipe.get("builtin_task", file.task.name)))
     same = found is not None and (found.task.kind, found.task.labels) == (
         file.task.kind, file.task.labels,
     )  # fmt: skip
@@ -97,9 +98,14 @@ def evaluate(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data_config(file: TaskFile, given: Mapping[str, Any]) -> DataConfig:
-    """The same data as in training: the file knows the task, the labels and the seed."""
-    builtin = builtin_of(file)
-    own: dict[str, Any] = {"seed": int(file.recipe.get("seed") or 0)}
+    """The same data as in training: the file knows the task, the labels and what was held out."""
+    builtin, recipe = builtin_of(file), file.recipe
+    # Files of 0.1.0 have no dev_seed: the seed of the training stands in for it.
+    seeds = (recipe.get(name) for name in ("dev_seed", "seed"))
+    own: dict[str, Any] = {"seed": next((seed for seed in seeds if isinstance(seed, int)), 0)}
+    fraction = recipe.get("dev_fraction")
+    if given["dev_fraction"] and isinstance(fraction, float) and 0 < fraction < 1:
+        own["dev_fraction"] = fraction  # 0 on the command line: score the rows as they are
     if given["task"] is None and builtin is not None:
         own["task"] = builtin.task.name
     elif given["task"] is None:
@@ -140,11 +146,7 @@ def _held_out(
     """Return the rows that training held out of ``examples``; None where it trained on others."""
     if config.dev_fraction == 0:
         return None
-    # The file says which share was held out.
-    fraction = file.recipe.get("dev_fraction") or config.dev_fraction
-    if not isinstance(fraction, float) or not 0 < fraction < 1:
-        return None
-    rest, held = hold_out(examples, fraction, config.seed)
+    rest, held = hold_out(examples, config.dev_fraction, config.seed)
     kept = take_limit(rest, int(file.recipe.get("train_rows") or len(rest)), config.seed)
     return held if held and dataset_hash(kept) == file.data_hash else None
 

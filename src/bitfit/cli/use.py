@@ -45,7 +45,7 @@ def evaluate(
 ) -> None:
     """Score a task file on data.
 
-    A built-in task is known by the name in the file; of your own data, name the columns. Rows that
+    A built-in task is known by what the file says; of your own data, name the columns. Rows that
     training held out are found again: the file that was trained on is scored on those only.
     """
     given = dict(locals())

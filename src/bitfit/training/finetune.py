@@ -189,8 +189,8 @@ def finetune(
         file = make_task_file(
             trainer, best, splits, data_hash=hashes["train"],
             candidates=candidates if rates else None, train_score=train_score,
-            held_out=data_config.dev_fraction if dataset.held_out else None,
-            storage=storage, licence=licence, description=description,
+            source=_source(data_config, dataset), storage=storage, licence=licence,
+            description=description,
         )  # fmt: skip
         if out is not None and processes.is_main:
             save_outcome(Path(out), trainer, file)
@@ -203,6 +203,16 @@ def finetune(
         file=file, trainer=trainer, lane=best, dataset=dataset,
         path=None if out is None else Path(out), seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _source(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
+    """Return what ``bitfit eval`` needs to read the same data, and to find the rows held out."""
+    found: dict[str, Any] = {}
+    if config.builtin is not None:  # the task may go by another name
+        found["builtin_task"] = config.builtin.task.name
+    if dataset.held_out:
+        found |= {"dev_fraction": config.dev_fraction, "dev_seed": config.seed}
+    return found
 
 
 def _train(

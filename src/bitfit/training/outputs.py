@@ -130,12 +130,15 @@ def make_task_file(
     data_hash: str,
     candidates: list[dict[str, Any]] | None,
     train_score: bool,
-    held_out: float | None,
+    source: Mapping[str, Any],
     storage: StorageType,
     licence: str | None,
     description: str | None,
 ) -> TaskFile:
-    """Return the task file of a finished run: the kept epoch, scored, calibrated and probed."""
+    """Return the task file of a finished run: the kept epoch, scored, calibrated and probed.
+
+    ``source`` says how the data is read; kept in the recipe, so that its rows are found again.
+    """
     base = trainer.encoder.base
     scores: dict[str, float] = {}
     temperature, calibration = None, None
@@ -160,11 +163,10 @@ def make_task_file(
         "lanes": len(trainer.slots),
         "train_rows": len(lane.train.examples),
         "dev_rows": 0 if lane.dev is None else len(lane.dev.examples),
+        **source,
     }
     if trainer.processes.count > 1:
         recipe["processes"] = trainer.processes.count
-    if held_out is not None:
-        recipe["dev_fraction"] = held_out
     if candidates is not None:
         recipe["rates_tried"] = [c | {"score": _number(c["score"])} for c in candidates]
     return TaskFile(
