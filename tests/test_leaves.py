@@ -89,6 +89,17 @@ def test_sums_by_row_are_those_of_index_add(index):
     grad = torch.randn(3, 4)
     expected = torch.zeros(3, 4).index_add_(0, index, grad)
     torch.testing.assert_close(RowIndex(index, 3).sum_by_row(grad), expected)
+    # what a GPU takes
+    torch.testing.assert_close(RowIndex(index, 3)._sum_segments(grad), expected)
+
+
+@pytest.mark.parametrize("sums", ["sum_by_row", "_sum_segments"])
+def test_a_nan_of_one_row_is_in_no_other_sum(sums):
+    grad = torch.ones(7, 4)
+    grad[2:5] = torch.nan
+    found = getattr(RowIndex(INDEX, 4), sums)(grad)
+    assert found[2].isnan().all()
+    assert found[[0, 1, 3]].tolist() == [[2.0] * 4, [2.0] * 4, [0.0] * 4]
 
 
 def test_a_linear_by_row_keeps_no_activation():

@@ -37,28 +37,27 @@ class RowIndex:
         return chosen[:, None] if self.padded and like.ndim == 3 else chosen
 
     @cached_property
-    def _runs(self) -> list[tuple[int, int, int]]:
-        """``(row, begin, end)`` of each stretch of equal rows."""
-        row, counts = torch.unique_consecutive(self.index, return_counts=True)
-        ends = counts.cumsum(0)
-        stretches = (row, ends - counts, ends)
-        return list(zip(*(t.tolist() for t in stretches), strict=True))
+    def _stretches(self) -> tuple[Tensor, Tensor]:
+        """The row of each stretch of equal rows, and how long it is."""
+        rows, counts = torch.unique_consecutive(self.index, return_counts=True)
+        return rows, counts
 
     @cached_property
-    def _one_hot(self) -> Tensor:
-        rows = torch.arange(self.rows, device=self.index.device)
-        return rows[:, None] == self.index
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """``(row, begin, end)`` of each stretch."""
+        rows, counts = self._stretches
+        ends = counts.cumsum(0)
+        return list(zip(*(t.tolist() for t in (rows, ends - counts, ends)), strict=True))
 
     def sum_by_row(self, grad: Tensor) -> Tensor:
         """Return ``(K, d)`` in fp32: the sum of ``grad`` ``(N, d)`` over the elements of each row.
 
-        On the CPU stretch by stretch, which is how a run alone sums its own. On a GPU as a matrix
-        product that accumulates in fp32: scattered additions there are not reproducible.
+        Stretch by stretch, which is how a run alone sums its own: a NaN of one row stays there, as
+        it would not in a product with zeros and ones, and scattered additions on a GPU would not be
+        reproducible.
         """
         if grad.is_cuda:
-            if grad.dtype == torch.float32:
-                return self._one_hot.float() @ grad
-            return torch.mm(self._one_hot.to(grad.dtype), grad, out_dtype=torch.float32)
+            return self._sum_segments(grad)
         dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
         total = grad.new_zeros(self.rows, grad.shape[-1], dtype=dtype)
         seen = set()
@@ -69,6 +68,13 @@ class RowIndex:
                 torch.sum(grad[begin:end], 0, dtype=dtype, out=total[row])
                 seen.add(row)
         return total
+
+    def _sum_segments(self, grad: Tensor) -> Tensor:
+        """The same in one call, however many stretches there are."""
+        rows, counts = self._stretches
+        # unsafe: the lengths are ours, and checking them would wait for the GPU.
+        sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, axis=0, unsafe=True)
+        return sums.new_zeros(self.rows, grad.shape[-1]).index_add_(0, rows, sums)
 
 
 @dataclass
