@@ -64,6 +64,27 @@ def test_interrupted_write_leaves_the_old_file_and_nothing_else(
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
+def test_a_write_removes_what_killed_writes_of_its_file_left_and_nothing_else(tmp_path):
+    path = tmp_path / "a[1].bin"
+    old, young = f".{path.name}.{'0a' * 6}.tmp", f".{path.name}.{'1b' * 6}.tmp"
+    others = [f".b.bin.{'0a' * 6}.tmp", ".a[1].bin.mine.tmp", f".a1.bin.{'0a' * 6}.tmp", "a.tmp"]
+    for name in (old, young, *others):
+        (tmp_path / name).write_bytes(b"")
+    for name in (old, *others):
+        os.utime(tmp_path / name, (0, 0))
+    atomic_write(path, b"new")
+    assert sorted(os.listdir(tmp_path)) == sorted([path.name, young, *others])
+
+
+def test_leftovers_that_cannot_be_removed_are_no_failed_write(tmp_path):
+    left = tmp_path / f".file.{'0a' * 6}.tmp"
+    left.mkdir()  # unlink refuses a folder
+    os.utime(left, (0, 0))
+    atomic_write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert left.is_dir()
+
+
 def test_write_onto_a_directory_or_below_a_file_is_an_error_with_the_path(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path, tmp_path / "file" / "below"):

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import types
 
 import numpy as np
@@ -615,6 +616,26 @@ def test_full_saves_an_ordinary_checkpoint_and_leaves_the_base(checkpoint, ticke
     tuned = AutoModel.from_pretrained(tmp_path / "full").state_dict()
     assert any(not torch.equal(tuned[k], before[k]) for k in before)
     assert bitfit.open_encoder(str(tmp_path / "full")).base.pooler is not None
+
+
+def test_full_keeps_what_the_base_was_made_for(checkpoint, tickets, tmp_path):
+    def base_for(mode):
+        path = tmp_path / mode
+        shutil.copytree(checkpoint(), path)
+        (path / "1_Pooling").mkdir()
+        modes = {f"pooling_mode_{m}": m == mode for m in ("cls_token", "mean_tokens")}
+        (path / "1_Pooling" / "config.json").write_text(json.dumps(modes), encoding="utf-8")
+        return str(path)
+
+    out = tmp_path / "full"
+    options = {"data": tickets, "text": "body", "label": "intent", "epochs": 1, "method": "full"}
+    for base, pooling in (
+        (base_for("mean_tokens"), "mean"), (base_for("cls_token"), "cls"), (checkpoint(), "pooler"),
+        (checkpoint("roberta"), "cls"),
+    ):  # fmt: skip
+        assert load_base(base).pooling == pooling
+        bitfit.finetune(base, out=out, dtype="fp32", limit=8, **options)
+        assert load_base(str(out)).pooling == pooling
 
 
 def test_training_reads_no_test_split(checkpoint, tickets, tmp_path):

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +26,8 @@ from bitfit.errors import BitfitError, CorruptTaskFile
 if TYPE_CHECKING:
     from torch import Tensor
 
+# A temporary file that is older than this is of a write that was killed.
+STALE_SECONDS = 3600
 # What a file of another kind begins with.
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive, as torch.save writes (.bin, .pt); it may hold pickled code",
@@ -79,6 +82,20 @@ def atomic_write(path: str | Path, data: bytes) -> None:
         _sync_folder(target.parent)
     except OSError as error:
         raise BitfitError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with suppress(OSError):  # the file is written: what is left over may stay
+        _remove_leftovers(target)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed writes of ``target`` left an hour before it, longer than a write takes.
+
+    By the times of one file system: its clock need not be this machine's.
+    """
+    name = re.compile(rf"\.{re.escape(target.name[:50])}\.[0-9a-f]{{12}}\.tmp")
+    written = target.stat().st_mtime
+    for path in target.parent.iterdir():
+        if name.fullmatch(path.name) and path.lstat().st_mtime < written - STALE_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitfit.base import encoder_tensors
+from bitfit.base import Base, encoder_tensors
 from bitfit.batches import make_features
 from bitfit.calibration import (
     CALIBRATED_KINDS,
@@ -278,6 +278,7 @@ def save_outcome(out: Path, trainer: Trainer, file: TaskFile) -> None:
         tensors = encoder_tensors(trainer.encoder.model, trainer.encoder.pooler)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         atomic_write(out / "model.safetensors", pack_safetensors(tensors, "format", "pt"))
+        _save_pooling(out / "1_Pooling" / "config.json", base)
         atomic_write(out / "head.safetensors", pack_safetensors(file.head, "bitfit_run", note))
         atomic_write(out / "bitfit.json", note.encode())
         return
@@ -288,6 +289,22 @@ def save_outcome(out: Path, trainer: Trainer, file: TaskFile) -> None:
         chosen[f"values.{name}"] = parameter.detach().flatten().cpu()[index]
     heads = {f"head.{name}": tensor for name, tensor in file.head.items()}
     atomic_write(out, pack_safetensors(chosen | heads, "bitfit_random", note))
+
+
+def _save_pooling(path: Path, base: Base) -> None:
+    """Write what the base was made for as sentence-transformers does, where its tensors do not say.
+
+    Without it a checkpoint with a pooler is made for that, and one without for [CLS].
+    """
+    if base.pooling == ("pooler" if base.pooler is not None else "cls"):
+        path.unlink(missing_ok=True)  # of an earlier run, on another base
+        return
+    modes = {
+        "word_embedding_dimension": base.config.hidden_size,
+        "pooling_mode_cls_token": base.pooling == "cls",
+        "pooling_mode_mean_tokens": base.pooling == "mean",
+    }
+    atomic_write(path, json.dumps(modes).encode())
 
 
 def peak_memory(device: torch.device) -> int:
