@@ -973,6 +973,32 @@ def test_eval_finds_the_held_out_rows_whatever_seed_chose_them(
     assert scored == [list(outcome.dataset.splits["dev"])]
 
 
+def test_training_and_eval_agree_on_the_split_that_was_chosen(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    folder, out = tmp_path / "moods", tmp_path / "moods.bitfit.safetensors"
+    folder.mkdir()
+    write_rows(folder / "train.csv", 20)
+    write_rows(folder / "dev.csv", 60, seed=1)
+    write_rows(folder / "test.csv", 10, seed=2)
+    columns = ("--data", folder, "--text", "body", "--label", "mood", "--base", base)
+    code, text, err = run("train", *columns, "--split", "dev", "--dev-fraction", 0.2, "--out", out,
+                          *QUICK, "--json")  # fmt: skip
+    assert code == 0, err
+    report = json.loads(text)
+    assert report["rows"] == {"train": 48, "dev": 12}
+    code, text, err = run("eval", out, *columns, "--json")
+    assert code == 0, err
+    assert json.loads(text)["rows"] == 12, "only what training held out of dev.csv"
+    assert json.loads(text)["scores"] == report["scores"]
+    assert json.loads(run("eval", out, *columns, "--split", "test", "--json")[1])["rows"] == 10
+    one_file = ("eval", out, *columns, "--data", folder / "train.csv", "--json")
+    assert json.loads(run(*one_file)[1])["rows"] == 20
+    code, _, err = run("train", *columns, "--data", folder / "dev.csv", "--split", "dev")
+    assert code == 2
+    assert "is one file" in err
+
+
 def test_training_says_its_precision_and_that_it_pads(
     checkpoint: Callable[..., str], tmp_path: Path, run: Run
 ) -> None:

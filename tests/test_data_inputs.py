@@ -169,10 +169,38 @@ def test_what_the_hub_refuses_is_a_data_error(hub: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="hub:no/such"):
         read_dataset(DataConfig(data="hub:no/such"))
     hub["odd"] = {"everything": part({"text": ["a"]})}
-    with pytest.raises(DataError, match="no split named train"):
+    with pytest.raises(DataError, match=r"no train split: .* its splits: everything"):
         read_dataset(DataConfig(data="hub:odd"))
-    with pytest.raises(UsageError, match="dev and test are files"):
+    with pytest.raises(DataError, match=r"no all split: .* its splits: everything"):
+        read_dataset(DataConfig(data="hub:odd", train_split="all"))
+    with pytest.raises(UsageError, match=r"dev is 'dev\.csv', .*no split of hub:odd; it has every"):
         read_dataset(DataConfig(data="hub:odd", dev="dev.csv"))
+
+
+def test_any_split_of_a_hub_data_set_is_trained_and_evaluated_on(hub: dict[str, Any]) -> None:
+    import datasets
+
+    def rows(*texts: str) -> Any:
+        return part({"text": list(texts), "label": ["x", "y"]})
+
+    hub["many"] = datasets.DatasetDict(
+        train=rows("a", "b"), validation=rows("c", "d"), test=rows("e", "f"), extra=rows("g", "h")
+    )
+
+    def texts(**options: Any) -> dict[str, list[str]]:
+        data = read_dataset(DataConfig(data="hub:many", **options))
+        return {split: [e.text for e in examples] for split, examples in data.splits.items()}
+
+    usual = {"dev": ["c", "d"], "test": ["e", "f"]}
+    assert texts() == {"train": ["a", "b"]} | usual
+    assert texts(train_split="extra") == {"train": ["g", "h"]} | usual
+    assert texts(train_split="extra", dev="train", test="dev") == {
+        "train": ["g", "h"], "dev": ["a", "b"], "test": ["c", "d"],
+    }  # fmt: skip
+    # What is trained on is no dev split too, by whichever of its names.
+    for name in ("validation", "dev"):
+        found = texts(train_split=name, dev_fraction=0)
+        assert found == {"train": ["c", "d"], "test": ["e", "f"]}
 
 
 def test_without_the_extra_the_message_says_what_to_install(

@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bitfit.data import DataConfig, dataset_hash, hold_out, read_dataset, take_limit
-from bitfit.errors import DataError
+from bitfit.errors import DataError, UsageError
 from bitfit.tasks import SpanExample, TextExample, TokenExample
 
 
@@ -61,6 +62,24 @@ def test_train_alone_is_not_divided(tmp_path: Path) -> None:
     assert (list(data.splits), len(data.splits["train"])) == (["train"], 10)
     both = read_dataset(DataConfig(data=path, splits=("train", "dev")))
     assert (len(both.splits["train"]), both.held_out) == (8, True)
+
+
+def test_any_split_of_a_folder_is_trained_on(tmp_path: Path) -> None:
+    for name, labels in (("train", "ab" * 5), ("valid", "ab" * 10), ("test", "ab" * 15)):
+        csv_of(tmp_path / f"{name}.csv", list(labels))
+
+    def sizes(**options: Any) -> dict[str, int]:
+        data = read_dataset(DataConfig(data=tmp_path, **options))
+        return {split: len(examples) for split, examples in data.splits.items()}
+
+    assert sizes(train_split="test") == {"train": 30, "dev": 20}
+    assert sizes(train_split="dev", dev_fraction=0.2) == {"train": 16, "dev": 4, "test": 30}
+    assert sizes(train_split="valid", dev=tmp_path / "train.csv")["train"] == 20
+    assert sizes(train_split="valid", dev=tmp_path / "train.csv")["dev"] == 10
+    with pytest.raises(DataError, match="no extra split: looked for extra in"):
+        sizes(train_split="extra")
+    with pytest.raises(UsageError, match="is one file"):
+        read_dataset(DataConfig(data=tmp_path / "train.csv", train_split="dev"))
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.floats(0.01, 0.9))

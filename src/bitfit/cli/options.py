@@ -101,16 +101,26 @@ Kind: TypeAlias = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+TrainSplit: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--split",
+        help="Which split of a folder (train, dev, test) or of a hub data set to train on.",
+        rich_help_panel=DATA,
+    ),
+]
 Dev: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="File of the dev split; else found in the folder, else held out.",
+        help="File of the dev split (hub: its name); else found by name, else held out.",
         rich_help_panel=DATA,
     ),
 ]
 Test: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="File of the test split; training does not read it.", rich_help_panel=DATA),
+    typer.Option(
+        help="As --dev, of the test split; training does not read it.", rich_help_panel=DATA
+    ),
 ]
 DataFormat: TypeAlias = Annotated[
     str,

@@ -106,6 +106,9 @@ def _data_config(file: TaskFile, given: Mapping[str, Any]) -> DataConfig:
     fraction = recipe.get("dev_fraction")
     if given["dev_fraction"] and isinstance(fraction, float) and 0 < fraction < 1:
         own["dev_fraction"] = fraction  # 0 on the command line: score the rows as they are
+    # One file is the split that is asked for, whichever split of a folder was trained on.
+    if isinstance(recipe.get("train_split"), str) and not Path(given["data"]).is_file():
+        own["train_split"] = recipe["train_split"]
     if given["task"] is None and builtin is not None:
         own["task"] = builtin.task.name
     elif given["task"] is None:

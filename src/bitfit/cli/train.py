@@ -14,6 +14,7 @@ def train(
     label: options.LabelColumn = None,
     labels: options.Labels = None,
     kind: options.Kind = None,
+    train_split: options.TrainSplit = "train",
     dev: options.Dev = None,
     test: options.Test = None,
     format: options.DataFormat = "auto",

@@ -59,10 +59,12 @@ class DataConfig:
     """Label names in the order of the logits; None: those of the training split, sorted."""
     kind: Kind | None = None
     """The kind of task; None: seen from the answers."""
+    train_split: str = "train"
+    """Which split to train on: of a folder train, dev or test; of a hub data set any of its own."""
     dev: str | Path | None = None
-    """File of the development split; None: found in the folder, else held out from train."""
+    """File of the development split (hub: its name); None: found by name, else held out."""
     test: str | Path | None = None
-    """File of the test split, whose answers may be missing; None: found in the folder, or none."""
+    """As ``dev``, of the test split, whose answers may be missing; None: found by name, or none."""
     format: Format = "auto"
     """``auto``: by file name. ``glue`` for a file of your own: tab-separated, quotes are text."""
     token_column: str | int | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bitfit.data.config import DataConfig
 from bitfit.data.ptb import section_files
+from bitfit.data.splits import splits_by_use
 from bitfit.errors import DataError, UsageError
 from bitfit.tasks import BuiltinTask
 
@@ -66,7 +67,15 @@ def find_files(config: DataConfig) -> Layout:
         layout = _builtin_layout(data, builtin)
     else:
         layout = _folder_layout(data, config)
-    return Layout(layout.format, layout.files | _named_files(config), layout.looked_in)
+    files = layout.files
+    if config.train_split != "train":
+        if data.is_file():
+            raise UsageError(
+                f"train_split (--split) is {config.train_split!r}, but {data} is one file: it "
+                "chooses among the splits of a folder or of a hub data set"
+            )
+        files = splits_by_use(files, {"train": config.train_split})
+    return Layout(layout.format, files | _named_files(config), layout.looked_in)
 
 
 def project_name(config: DataConfig) -> str:

@@ -8,24 +8,18 @@ from typing import Any
 from bitfit.data.tables import Row, Table
 from bitfit.errors import DataError, MissingExtra
 
-SPLIT_NAMES = {
-    "train": "train", "validation": "dev", "valid": "dev", "val": "dev", "dev": "dev",
-    "validation_matched": "dev", "validation_mismatched": "dev_mismatched",
-    "test": "test", "test_matched": "test", "test_mismatched": "test_mismatched",
-}  # fmt: skip
-
 
 def read_hub(
     name: str, revision: str | None, task_labels: tuple[str, ...] | None
 ) -> dict[str, Table]:
-    """Return the tables of ``owner/name`` or ``owner/name:configuration`` by split.
+    """Return the tables of ``owner/name`` or ``owner/name:configuration`` by the hub's own splits.
 
     Class numbers become class names. Where a built-in task has other names (``task_labels``; the
     hub calls SST-2's "0" "negative"), the numbers stay. Code from the hub is never run.
 
     Raises:
         MissingExtra: without ``datasets``.
-        DataError: where the hub does not have it, or not with splits we know.
+        DataError: where the hub does not have it.
     """
     try:
         import datasets
@@ -38,15 +32,10 @@ def read_hub(
         # The package raises its own, the hub's, the network's and pyarrow's errors alike.
         raise DataError(f"hub:{name}: {error}") from error
     parts = loaded if isinstance(loaded, Mapping) else {"train": loaded}
-    tables = {}
-    for split, part in parts.items():
-        known = SPLIT_NAMES.get(str(split))
-        if known is not None and known not in tables:
-            tables[known] = _table(f"hub:{name}/{split}", part, task_labels)
-    if not tables:
-        found = ", ".join(map(str, parts))
-        raise DataError(f"hub:{name}: no split named train, validation or test in {found}")
-    return tables
+    return {
+        str(split): _table(f"hub:{name}/{split}", part, task_labels)
+        for split, part in parts.items()
+    }
 
 
 def _table(file: str, part: Any, task_labels: tuple[str, ...] | None) -> Table:

@@ -12,7 +12,7 @@ from bitfit.data.files import SUFFIXES, Layout, find_files, project_name
 from bitfit.data.hub import read_hub
 from bitfit.data.ptb import read_ptb
 from bitfit.data.rows import RowGuard
-from bitfit.data.splits import hold_out, take_limit
+from bitfit.data.splits import hold_out, splits_by_use, take_limit
 from bitfit.data.squad import read_squad
 from bitfit.data.tables import Table, glue_table, open_table
 from bitfit.data.tagged import Sentence, read_conll, read_conllu, read_sentences
@@ -94,7 +94,7 @@ def _splits_to_read(
 
 def _missing(split: str, config: DataConfig, looked_in: str) -> str:
     builtin = config.builtin
-    file = split
+    split = file = config.train_split if split == "train" else split
     if builtin is not None:
         extra = {name: file for name, file, _ in builtin.extra_splits}
         names = {"train": builtin.train, "dev": builtin.dev, "test": builtin.test} | extra
@@ -188,11 +188,18 @@ def _sentences(path: Path, form: str, config: DataConfig, guard: RowGuard) -> li
 def _from_hub(
     name: str, config: DataConfig, guard: RowGuard, with_test: bool
 ) -> tuple[_Raw, dict[str, tuple[str, ...]]]:
-    if config.dev is not None or config.test is not None:
-        raise UsageError("dev and test are files; the splits of a hub data set are its own")
     builtin = config.builtin
-    tables = read_hub(name, config.hub_revision, builtin.task.labels if builtin else None)
-    wanted = _splits_to_read(tables, config, f"hub:{name}", with_test)
+    found = read_hub(name, config.hub_revision, builtin.task.labels if builtin else None)
+    wishes = {"train": config.train_split, "dev": config.dev, "test": config.test}
+    named = {use: str(split) for use, split in wishes.items() if split is not None}
+    tables = splits_by_use(found, named)
+    for use in ("dev", "test"):
+        if use in named and use not in tables:
+            raise UsageError(
+                f"{use} is {named[use]!r}, which is no split of hub:{name}; "
+                f"it has {', '.join(found)}"
+            )
+    wanted = _splits_to_read(tables, config, f"its splits: {', '.join(found)}", with_test)
     tables = {split: tables[split] for split in wanted}
     sources: dict[str, tuple[str, ...]] = {split: (table.file,) for split, table in tables.items()}
     return _from_tables(tables, config, guard), sources

@@ -1,10 +1,10 @@
-"""Holding rows out, taking fewer of them, and a hash that says which rows they were."""
+"""Which split is which; holding rows out, taking fewer; a hash that says which rows they were."""
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -12,6 +12,35 @@ import numpy as np
 from bitfit.tasks import Example, SpanExample, TextExample, TokenExample
 
 E = TypeVar("E")
+
+SPLIT_NAMES = {
+    "train": "train", "validation": "dev", "valid": "dev", "val": "dev", "dev": "dev",
+    "validation_matched": "dev", "validation_mismatched": "dev_mismatched",
+    "dev_mismatched": "dev_mismatched",
+    "test": "test", "test_matched": "test", "test_mismatched": "test_mismatched",
+}  # fmt: skip
+"""What splits are called, and which of ours they are."""
+
+
+def splits_by_use(found: Mapping[str, E], named: Mapping[str, str]) -> dict[str, E]:
+    """Return splits by what they are used for: first those ``named`` for a use, then by their name.
+
+    A split that is named for one use has no other; one that is named and not there is left out.
+    """
+    places = {use: _place(found, name) for use, name in named.items()}
+    taken = set(places.values())
+    for place in found:
+        use = SPLIT_NAMES.get(place)
+        if use is not None and place not in taken:
+            places.setdefault(use, place)
+    return {use: found[place] for use, place in places.items() if place is not None}
+
+
+def _place(found: Iterable[str], name: str) -> str | None:
+    """Return the split that ``name`` means: of this very name, else another of the same meaning."""
+    known = SPLIT_NAMES.get(name)
+    same = [place for place in found if known is not None and SPLIT_NAMES.get(place) == known]
+    return name if name in found else next(iter(same), None)
 
 
 def take_limit(examples: Sequence[E], limit: int, seed: int) -> list[E]:

@@ -210,6 +210,8 @@ def _source(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if config.builtin is not None:  # the task may go by another name
         found["builtin_task"] = config.builtin.task.name
+    if config.train_split != "train":
+        found["train_split"] = config.train_split
     if dataset.held_out:
         found |= {"dev_fraction": config.dev_fraction, "dev_seed": config.seed}
     return found
