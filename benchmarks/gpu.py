@@ -41,11 +41,10 @@ from bitfit.bench.variants import FROZEN_FLOPS, bias_step
 from bitfit.bench.work import Table, Work, choose_sources, read_source
 from bitfit.dropout import DropoutBits
 from bitfit.encoder import Encoder, open_encoder
-from bitfit.heads import make_head
 from bitfit.inference import TaskHead, compute_logits
 from bitfit.tasks import Task, TextExample
 from bitfit.training.lane import Lane, Split
-from bitfit.training.methods import RowMethod, choose_layout, make_method
+from bitfit.training.methods import RowMethod, make_method
 from bitfit.training.settings import PAPER_RATES, TrainConfig
 from bitfit.training.train import StepDone, Trainer
 
@@ -218,17 +217,6 @@ def random_features(lengths_of: str, count: int, vocabulary: int, seed: int = 0)
     return features
 
 
-def make_lane(
-    encoder: Encoder, train: Split, dev: Split | None, config: TrainConfig, label: str = ""
-) -> Lane:
-    """Return a run on random pairs."""
-    head = make_head(TASK, encoder)
-    return Lane(
-        task=TASK, head=head, config=config, layout=choose_layout(encoder, head, config),
-        train=train, dev=dev, device=encoder.device, label=label,
-    )  # fmt: skip
-
-
 def make_split(lengths_of: str, count: int, vocabulary: int, seed: int) -> Split:
     """Return random pairs with their answers."""
     items = random_features(lengths_of, count, vocabulary, seed)
@@ -268,7 +256,7 @@ def check_equality(bench: Bench, size: str) -> Iterator[Row]:
                 part=part, what=f"packed {dtype} against transformers fp32, relative error",
                 value=error, target=f"<= {limit:g}", met=error <= limit, is_check=True,
             )  # fmt: skip
-    if not (encoder.packed and encoder.mixes):
+    if not encoder.shares_passes:
         yield Row(part=part, what="runs packed", value="no", met=False, is_check=True)
         return
     difference = lanes_against_alone(bench, bench.encoder(size, "fp32"))
@@ -289,7 +277,7 @@ def lanes_against_alone(bench: Bench, encoder: Encoder) -> float:
     ]
 
     def train(chosen: Sequence[TrainConfig]) -> list[Any]:
-        lanes = [make_lane(encoder, split, None, config) for config in chosen]
+        lanes = [Lane(encoder=encoder, task=TASK, config=c, train=split) for c in chosen]
         method = make_method(encoder, lanes, len(lanes))
         steps = Trainer(encoder=encoder, method=method, lanes=lanes).steps_only()
         for _ in range(LANE_STEPS):
@@ -484,12 +472,12 @@ def measure_grid(bench: Bench, size: str) -> Iterator[Row]:
     dev = make_split("rte", scale.dev_rows, scale.vocabulary, seed=4)
     began = time.perf_counter()
     lanes = [
-        make_lane(
-            encoder, train, dev,
-            TrainConfig(
+        Lane(
+            encoder=encoder, task=TASK, train=train, dev=dev, label=f"rate {rate:g}, seed {seed}",
+            config=TrainConfig(
                 recipe="paper", seed=seed, learning_rate=rate, epochs=scale.epochs,
                 batch_size=scale.batch_size,
-            ), f"rate {rate:g}, seed {seed}",
+            ),
         )
         for rate in PAPER_RATES["bitfit"] for seed in range(scale.seeds)
     ]  # fmt: skip

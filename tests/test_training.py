@@ -22,7 +22,7 @@ from bitfit.errors import (
 from bitfit.heads import make_head
 from bitfit.tasks import Task, TextExample
 from bitfit.training.lane import Lane, Split
-from bitfit.training.methods import MatrixMethod, choose_layout, make_method, random_masks
+from bitfit.training.methods import MatrixMethod, make_method, random_masks
 from bitfit.training.outputs import calibrate
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
 from bitfit.training.train import AdamW, StepDone, Trainer, learning_rate_at, step_size
@@ -42,11 +42,9 @@ def mood_split(encoder, count=24, seed=0):
 
 def make_lane(encoder, label="", train_seed=0, **options):
     config = TrainConfig(**({"epochs": 2, "learning_rate": 1e-2, "max_length": 16} | options))
-    head = make_head(MOOD, encoder, config.pooling)
     return Lane(
-        task=MOOD, head=head, config=config, layout=choose_layout(encoder, head, config),
-        train=mood_split(encoder, seed=train_seed), dev=mood_split(encoder, 10, 1),
-        device=encoder.device, label=label,
+        encoder=encoder, task=MOOD, config=config, train=mood_split(encoder, seed=train_seed),
+        dev=mood_split(encoder, 10, 1), label=label,
     )  # fmt: skip
 
 
@@ -482,6 +480,36 @@ def test_an_interrupted_search_resumes_to_the_same_bytes(lanes, checkpoint, tick
             )
     run(checkpoint, tickets, out=tmp_path / "parts", resume=True, **options)
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_more_lanes_than_runs_are_as_many_as_runs(checkpoint, tickets):
+    outcome = run(checkpoint, tickets, epochs=1, lanes=8)
+    assert outcome.file.recipe["lanes"] == 1
+
+
+def test_a_family_that_runs_padded_takes_one_rate_whatever_the_lanes(checkpoint, tickets):
+    outcome = bitfit.finetune(
+        checkpoint("mpnet"), data=tickets, text="body", label="intent", epochs=1, lanes=4
+    )
+    assert outcome.file.recipe["lanes"] == 1
+
+
+def test_resuming_with_other_lanes_is_refused(checkpoint, tickets, tmp_path):
+    options = {"learning_rate": "auto", "epochs": 1, "limit": 24, "out": tmp_path / "task"}
+    with pytest.raises(TrainingInterrupted):
+        run(checkpoint, tickets, lanes=2, should_stop=lambda: True, **options)
+    with pytest.raises(BitfitError, match="another run: lanes differ"):
+        run(checkpoint, tickets, lanes=3, resume=True, **options)
+    outcome = run(checkpoint, tickets, resume=True, **options)
+    assert outcome.file.recipe["lanes"] == 2
+
+
+def test_rates_without_dev_rows_are_refused_before_the_base_is_opened(tickets):
+    with pytest.raises(UsageError, match="chooses on dev rows"):
+        bitfit.finetune(
+            "./no-such-base", data=tickets, text="body", label="intent", dev_fraction=0.0,
+            learning_rate="auto",
+        )  # fmt: skip
 
 
 def test_a_checkpoint_that_is_not_resumed_is_kept_aside(checkpoint, tickets, tmp_path):

@@ -92,30 +92,30 @@ class Batch:
 
     def padded_head_rows(self, heads: int) -> Tensor:
         """``(B, heads, max_length)``: as :attr:`padded_index`, of packed rows ``(T, heads)``."""
-        if ("padded", heads) not in self._rows:
+        if ("padded", heads) not in self._for_heads:
             columns = torch.arange(heads, device=self.lengths.device)[None, :, None]
-            self._rows["padded", heads] = self.padded_index[:, None, :] * heads + columns
-        return self._rows["padded", heads]
+            self._for_heads["padded", heads] = self.padded_index[:, None, :] * heads + columns
+        return self._for_heads["padded", heads]
 
     def head_rows(self, heads: int) -> Tensor:
         """``(T * heads,)``: where each token's heads stand in a flat ``(B, heads, L)``."""
-        if ("packed", heads) not in self._rows:
+        if ("packed", heads) not in self._for_heads:
             columns = torch.arange(heads, device=self.lengths.device)
             first = self.sequence_of_token * heads
             rows = (first[:, None] + columns) * self.max_length + self.positions[:, None]
-            self._rows["packed", heads] = rows.flatten()
-        return self._rows["packed", heads]
+            self._for_heads["packed", heads] = rows.flatten()
+        return self._for_heads["packed", heads]
 
     def score_mask(self, heads: int, dtype: torch.dtype) -> Tensor:
         """``(B * heads, 1, L)``: 0 where a sequence has a token, the least number elsewhere."""
-        if (str(dtype), heads) not in self._rows:
+        if (str(dtype), heads) not in self._for_heads:
             mask = torch.zeros(self.mask.shape, dtype=dtype, device=self.lengths.device)
             mask.masked_fill_(~self.mask, torch.finfo(dtype).min)
-            self._rows[str(dtype), heads] = mask.repeat_interleave(heads, 0)[:, None]
-        return self._rows[str(dtype), heads]
+            self._for_heads[str(dtype), heads] = mask.repeat_interleave(heads, 0)[:, None]
+        return self._for_heads[str(dtype), heads]
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, int], Tensor]:
+    def _for_heads(self) -> dict[tuple[str, int], Tensor]:
         return {}  # every layer asks for the same
 
     @cached_property

@@ -93,6 +93,16 @@ class Encoder:
         return int(self.base.config.hidden_size)
 
     @property
+    def shares_passes(self) -> bool:
+        """Whether runs that train side by side can be in one forward pass."""
+        return self.packed and self.mixes
+
+    @property
+    def precision(self) -> str:
+        """The name of ``dtype`` among :data:`DTYPES`."""
+        return dtype_name(self.dtype)
+
+    @property
     def low_memory(self) -> bool:
         """Whether training keeps only the input of each layer and computes the layer again."""
         return self.state.recompute
@@ -286,6 +296,11 @@ class Encoder:
             ids += ids >= pad  # every token but the padding
             features.append(Feature(ids, np.zeros_like(ids), 0))
         return pack(features).to(self.device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a precision among :data:`DTYPES`."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def _row_count(shifts: Mapping[str, Tensor]) -> int:

@@ -173,7 +173,7 @@ def batch_loss(
     if head.kind == "tokens":
         if not len(logits):  # every word was cut off: the mean of nothing would be NaN
             return logits.sum()
-        target = torch.from_numpy(_word_labels(batch.features)).to(logits.device)
+        target = torch.from_numpy(word_labels(batch.features)).to(logits.device)
         return F.cross_entropy(logits, target, class_weights)
     return _span_loss(logits, batch, torch.tensor(labels, device=logits.device))
 
@@ -188,12 +188,12 @@ def loss_weight(
     if head.kind not in ("classification", "tokens"):
         return float(len(features))
     tokens = head.kind == "tokens"
-    labels = _word_labels(features) if tokens else np.asarray([f.label for f in features])
+    labels = word_labels(features) if tokens else np.asarray([f.label for f in features])
     return float(len(labels) if class_weights is None else class_weights[labels].sum())
 
 
-def _word_labels(features: Sequence[Feature]) -> NDArray[np.int64]:
-    """The label of every word that was not cut off."""
+def word_labels(features: Sequence[Feature]) -> NDArray[np.int64]:
+    """Return the label of every word that was not cut off, sequence after sequence."""
     words = [f.label[f.word_starts >= 0] for f in features if f.word_starts is not None]
     return np.concatenate(words)
 

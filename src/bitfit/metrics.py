@@ -83,7 +83,7 @@ def majority_score(task: Task, references: Any) -> dict[str, float]:
         truth = np.asarray(references, dtype=np.float64)
         return compute_metrics(task, np.full_like(truth, truth.mean()), truth)
     if task.kind == "multilabel":
-        matrix = _indicator(references, len(task.labels))
+        matrix = indicator(references, len(task.labels))
         usual = (2 * matrix.sum(axis=0) > len(matrix)).astype(np.int64)
         return compute_metrics(task, np.tile(usual, (len(matrix), 1)), matrix)
     truth = _flat(references)
@@ -236,7 +236,7 @@ def _flat(values: Any) -> Array:
     return np.asarray(values, dtype=np.int64)
 
 
-def _indicator(values: Any, num_labels: int) -> Array:
+def indicator(values: Any, num_labels: int) -> Array:
     """Return a 0/1 array of shape ``(rows, num_labels)`` from one, or from tuples of indices."""
     if isinstance(values, np.ndarray) and values.ndim == 2:
         return values.astype(np.int64)
@@ -271,7 +271,7 @@ def _prepare_floats(task: Task, predictions: Any, references: Any) -> tuple[Arra
 
 
 def _prepare_multilabel(task: Task, predictions: Any, references: Any) -> tuple[Array, Array]:
-    return _indicator(predictions, len(task.labels)), _indicator(references, len(task.labels))
+    return indicator(predictions, len(task.labels)), indicator(references, len(task.labels))
 
 
 def _prepare_spans(

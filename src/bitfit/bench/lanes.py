@@ -57,7 +57,7 @@ def make_plan(
     check_choices(dtype, rounds, batch_size, min(lanes, default=0))
     sources = choose_sources(data, tasks, GLUE_TASKS, tuple(EXAMPLE_TASKS))
     encoder = open_encoder(base, "fp32", device)
-    if not (encoder.packed and encoder.mixes):
+    if not encoder.shares_passes:
         raise UsageError(f"base {base!r} does not run packed: its runs cannot share a forward pass")
     groups = [
         [

@@ -8,9 +8,8 @@ from bitfit.batches import Batch, Features, pack
 from bitfit.bench.runs import MAX_GRAD_NORM, Run
 from bitfit.bench.work import Work
 from bitfit.encoder import Encoder, open_encoder
-from bitfit.heads import make_head
 from bitfit.training.lane import Lane, Split
-from bitfit.training.methods import choose_layout, make_method
+from bitfit.training.methods import make_method
 from bitfit.training.settings import PAPER_RATES, TrainConfig
 from bitfit.training.train import Trainer
 
@@ -43,7 +42,7 @@ class _LaneOnGivenBatches(Lane):
 
 def _make_lanes(work: Work, encoder: Encoder) -> list[_LaneOnGivenBatches]:
     """Return lanes that differ in batches, seed (so in dropout and head) and learning rate."""
-    head, rates = make_head(work.task, encoder, "auto"), PAPER_RATES["bitfit"]
+    rates = PAPER_RATES["bitfit"]
     items = [feature for batch in work.batches for feature in batch]
     split = Split([], Features(items, len(items), 0))
     lanes = []
@@ -52,10 +51,7 @@ def _make_lanes(work: Work, encoder: Encoder) -> list[_LaneOnGivenBatches]:
             recipe="paper", batch_size=len(work.batches[0]), schedule="constant", warmup_ratio=0.0,
             max_grad_norm=MAX_GRAD_NORM, seed=place, learning_rate=rates[-1 - place % len(rates)],
         )  # fmt: skip
-        lane = _LaneOnGivenBatches(
-            task=work.task, head=head, config=config, layout=choose_layout(encoder, head, config),
-            train=split, dev=None, device=encoder.device,
-        )  # fmt: skip
+        lane = _LaneOnGivenBatches(encoder=encoder, task=work.task, config=config, train=split)
         lane.place, lane.work = place, work
         lanes.append(lane)
     return lanes

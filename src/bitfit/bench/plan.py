@@ -11,7 +11,7 @@ from bitfit.bench.memory import is_known
 from bitfit.bench.runs import Variant, estimate, product_tokens
 from bitfit.bench.timing import describe_machine, describe_versions, slow_precisions
 from bitfit.bench.work import MAX_LENGTH, SEQUENCES_A_TURN, Table
-from bitfit.encoder import DTYPES, Encoder, measure_precision
+from bitfit.encoder import DTYPES, Encoder, dtype_name, measure_precision
 from bitfit.errors import UsageError
 
 # For the estimate: starting a process and loading the base.
@@ -85,8 +85,7 @@ def plan_groups(
     """
     precision = measure_precision(encoder.device, encoder.hidden_size)
     gflops = dict(precision.gflops)
-    favoured = next(name for name, kind in DTYPES.items() if kind == precision.dtype)
-    variants = choose(gflops, favoured)
+    variants = choose(gflops, dtype_name(precision.dtype))
     slow = slow_precisions(gflops) & {v.precision for v in variants}
     tables = [table for group in groups for table in group]
     entries = [(variant, table) for table in tables for variant in variants]

@@ -13,7 +13,7 @@ from bitfit.batches import Feature
 from bitfit.bench.timing import PRODUCT_REPEATS, Products, in_turns, timed
 from bitfit.bench.work import MAX_LENGTH, Table, Work
 from bitfit.encoder import Encoder
-from bitfit.training.train import PASS_TOKENS
+from bitfit.training.train import pass_tokens
 
 MAX_GRAD_NORM = 1.0
 # For the estimate only: the share of the products' rate that a step reaches, as first measured.
@@ -73,9 +73,8 @@ def products_name(precision: str, tokens: int) -> str:
 
 def product_tokens(table: Table) -> int:
     """Return how many tokens a step multiplies at a time."""
-    most = PASS_TOKENS["cpu" if table.work.device.type == "cpu" else "gpu"]
     whole = table.work.lanes * table.mean_tokens
-    return round(min(whole, max(most, table.mean_tokens)))
+    return round(min(whole, max(pass_tokens(table.work.device), table.mean_tokens)))
 
 
 def time_in_turns(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -159,7 +160,8 @@ def _run(
         _show_plan(plan, *about)
     if not as_json:
         _show_machine(report)
-    with _Progress(plan.turns, quiet) as progress:
+    with console.bar(quiet) as bar:
+        progress = _Progress(bar, plan.turns, quiet)
         for table in run_tables(plan, progress):
             report["tables"].append(table)
             if not as_json:
@@ -202,21 +204,10 @@ def _command(name: str, given: Mapping[str, Any]) -> str:
 class _Progress:
     """A bar over all turns; without a terminal a line per table."""
 
-    def __init__(self, turns: int, quiet: bool) -> None:
-        self.quiet, self.where = quiet, ""
-        self.bar: Progress | None = None
-        if not quiet and console.messages().is_terminal:
-            self.bar = console.progress()
-            self.row = self.bar.add_task("loading", total=turns)
-
-    def __enter__(self) -> _Progress:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    def __init__(self, bar: Progress | None, turns: int, quiet: bool) -> None:
+        self.bar, self.quiet, self.where = bar, quiet, ""
+        if bar is not None:
+            self.row = bar.add_task("loading", total=turns)
 
     def __call__(self, what: str) -> None:
         where = what.partition(":")[0]
@@ -226,22 +217,16 @@ class _Progress:
             console.note(where)
         self.where = where
 
-    def paused(self) -> _Paused:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """Return a context in which the bar is out of the way."""
-        return _Paused(self.bar)
-
-
-class _Paused:
-    def __init__(self, bar: Progress | None) -> None:
-        self.bar = bar
-
-    def __enter__(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.start()
+        try:
+            yield
+        finally:
+            if self.bar is not None:
+                self.bar.start()
 
 
 def _show_plan(plan: Plan, what: str, each: str) -> None:

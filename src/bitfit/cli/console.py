@@ -204,6 +204,16 @@ def progress(*more: TextColumn) -> Progress:
     )
 
 
+@contextmanager
+def bar(quiet: bool, *more: TextColumn) -> Iterator[Progress | None]:
+    """Return a context with a running progress bar; None where nobody would see it."""
+    if quiet or not messages().is_terminal:
+        yield None
+        return
+    with progress(*more) as shown:
+        yield shown
+
+
 class Interruption:
     """Ctrl-C and SIGTERM while training: the first asks it to stop, the second ends at once.
 

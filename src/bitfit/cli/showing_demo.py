@@ -16,21 +16,10 @@ from bitfit.training.train import EpochDone, StepDone
 class _Progress:
     """One bar for the run at work; without a terminal a line per run."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar: Progress | None = None
-        if not quiet and console.messages().is_terminal:
-            self.bar = console.progress(TextColumn("{task.fields[dev]}", markup=False))
-            self.row = self.bar.add_task("loading the base", total=None, dev="")
-
-    def __enter__(self) -> _Progress:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    def __init__(self, bar: Progress | None, quiet: bool) -> None:
+        self.bar, self.quiet = bar, quiet
+        if bar is not None:
+            self.row = bar.add_task("loading the base", total=None, dev="")
 
     def __call__(self, event: DemoStarted | Event) -> None:
         if isinstance(event, DemoStarted):
@@ -49,8 +38,8 @@ class _Progress:
 
 def run(folder: Path, *, base: str, quick: bool, quiet: bool) -> DemoResult:
     """Run the demo with its progress on standard error."""
-    with _Progress(quiet) as progress:
-        return run_demo(folder, base=base, quick=quick, on_event=progress)
+    with console.bar(quiet, TextColumn("{task.fields[dev]}", markup=False)) as bar:
+        return run_demo(folder, base=base, quick=quick, on_event=_Progress(bar, quiet))
 
 
 def show(result: DemoResult, folder: Path, quick: bool) -> None:

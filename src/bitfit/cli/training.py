@@ -21,6 +21,7 @@ from bitfit.errors import BitfitError, MissingExtra
 from bitfit.training.finetune import DataRead, Event, RunStarted, finetune
 from bitfit.training.lane import Lane
 from bitfit.training.outputs import MIN_CALIBRATION_ROWS, Outcome
+from bitfit.training.settings import ROW_METHODS
 from bitfit.training.train import EpochDone, StepDone
 
 # What finetune takes beside the data, under the same names as the options.
@@ -62,7 +63,7 @@ def _default_out(config: DataConfig, given: Mapping[str, Any]) -> Path:
     builtin = config.builtin
     name = given["name"] or (builtin.task.name if builtin else project_name(config))
     method = given["method"] or "bitfit"
-    if method in ("bitfit", "frozen"):
+    if method in ROW_METHODS:
         return Path(f"{name}.bitfit.safetensors")
     return Path(f"{name}-full" if method == "full" else f"{name}.random.safetensors")
 
@@ -78,7 +79,7 @@ def _tell_kind(dataset: Dataset) -> None:
 
 def _tell_place(out: Path, given: Mapping[str, Any]) -> None:
     """Say where the file goes, and what it replaces; training is about to begin."""
-    is_task = (given["method"] or "bitfit") in ("bitfit", "frozen")
+    is_task = (given["method"] or "bitfit") in ROW_METHODS
     replaced = f"the {'task ' if is_task else ''}file" if out.is_file() else "what is"
     if given["out"] is None:
         there = f", replaces {replaced} there" if out.exists() else ""
@@ -440,7 +441,7 @@ def _epoch_line(report: Mapping[str, Any]) -> str:
 
 def _how_to_use(outcome: Outcome) -> str | None:
     path = shlex.quote(str(outcome.path))
-    if outcome.lane.config.method not in ("bitfit", "frozen"):
+    if outcome.lane.config.method not in ROW_METHODS:
         return f"bitfit train --base {path} ..." if outcome.path and outcome.path.is_dir() else None
     task = outcome.file.task
     if task.kind == "span":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,15 +16,22 @@ from bitfit.base import choose_device
 from bitfit.batches import make_features
 from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
 from bitfit.encoder import DTYPES, Encoder, open_encoder
-from bitfit.errors import TrainingInterrupted, UsageError
-from bitfit.heads import make_head
+from bitfit.errors import TrainingInterrupted
 from bitfit.tasks import Task
 from bitfit.training.lane import Lane, Split
 from bitfit.training.lane_count import choose_lane_count
-from bitfit.training.methods import choose_layout, make_method
+from bitfit.training.methods import make_method
 from bitfit.training.outputs import Outcome, make_task_file, save_outcome
-from bitfit.training.plan import check_dtype, check_lanes, check_out, checkpoint_path, plan_run
+from bitfit.training.plan import (
+    check_dtype,
+    check_lanes,
+    check_out,
+    check_rates,
+    checkpoint_path,
+    plan_run,
+)
 from bitfit.training.processes import Processes, join_processes, own_device
+from bitfit.training.settings import ROW_METHODS, TrainConfig
 from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer, recorded_conditions
 
 
@@ -131,64 +138,34 @@ def finetune(
     dataset = read_dataset(data_config, with_test=False)
     if on_event is not None:
         on_event(DataRead(dataset))
+    check_rates(rates, dataset.splits)
     task = dataset.task if name is None else dataclasses.replace(dataset.task, name=name)
-    if dtype == "auto" and "dtype" in before:
-        dtype = before["dtype"]
-    elif dtype == "auto" and (recipe == "paper" or config.method not in ("bitfit", "frozen")):
-        dtype = "fp32"  # part of the paper's recipe, and of methods that train matrices
-    device = own_device(device)
-    processes = join_processes(base.device if isinstance(base, Encoder) else choose_device(device))
-    encoder = base if isinstance(base, Encoder) else _open(
-        base, dtype, device, processes, revision, trust_remote_code
-    )  # fmt: skip
+    dtype = _precision(dtype, before, config)
+    encoder, processes = _open(base, dtype, own_device(device), revision, trust_remote_code)
     check_dtype(encoder, dtype)
     encoder.low_memory = low_memory
     config = config.replace(max_length=encoder.clamp_length(config.max_length))
     splits = {
         split: _featurize(encoder, task, examples, config.max_length)
         for split, examples in dataset.splits.items()
-        if split.startswith(("train", "dev"))
     }
-
-    if rates and "dev" not in splits:
-        raise UsageError(
-            "learning_rate 'auto' (--lr auto) chooses on dev rows and there are none: name a dev "
-            "file, let dev_fraction be above 0, or give one rate"
-        )
-    hashes = {split: dataset_hash(dataset.splits[split]) for split in splits}
-    head = make_head(task, encoder, config.pooling)
-    runs = [
-        Lane(
-            task=task, head=head, config=config.replace(learning_rate=rate),
-            layout=choose_layout(encoder, head, config), train=splits["train"],
-            dev=splits.get("dev"), device=encoder.device,
-            label=f"learning rate {rate:g}" if rates else "",
-        )
-        for rate in rates or (config.learning_rate,)
-    ]  # fmt: skip
-    slots = before.get("lanes") or lanes
+    runs = _make_lanes(encoder, task, config, rates, splits)
+    hashes = {split: dataset_hash(examples) for split, examples in dataset.splits.items()}
+    if lanes == "auto":
+        lanes = before.get("lanes") or choose_lane_count(encoder, runs, processes=processes)
     trainer = Trainer(
-        encoder=encoder, lanes=runs, checkpoint=checkpoint_path(out),
-        method=make_method(
-            encoder, runs,
-            choose_lane_count(encoder, runs, processes=processes)
-            if slots == "auto" else int(slots),
-        ),
-        identity=_conditions(encoder, hashes), processes=processes,
+        encoder=encoder, lanes=runs, method=make_method(encoder, runs, min(int(lanes), len(runs))),
+        checkpoint=checkpoint_path(out), identity=_conditions(encoder, hashes),
+        processes=processes,
     )  # fmt: skip
     _train(trainer, resume, on_event, should_stop)
-    best = max(runs, key=lambda lane: (not lane.progress.dropped, lane.progress.best_score))
-    candidates = [
-        {"learning_rate": lane.config.learning_rate, "score": lane.progress.best_score}
-        for lane in runs
-    ]
 
+    best = max(runs, key=lambda lane: (not lane.progress.dropped, lane.progress.best_score))
     trainer.method.install()
     try:
         trainer.keep(best)
         file = make_task_file(
-            trainer, best, splits, data_hash=hashes["train"],
-            candidates=candidates if rates else None, train_score=train_score,
+            trainer, best, splits, data_hash=hashes["train"], train_score=train_score,
             source=_source(data_config, dataset), storage=storage, licence=licence,
             description=description,
         )  # fmt: skip
@@ -203,6 +180,48 @@ def finetune(
         file=file, trainer=trainer, lane=best, dataset=dataset,
         path=None if out is None else Path(out), seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _precision(dtype: str, before: Mapping[str, Any], config: TrainConfig) -> str:
+    """Return what a run computes in, before anything is measured: that of the run it goes on."""
+    if dtype == "auto" and "dtype" in before:
+        return str(before["dtype"])
+    if dtype == "auto" and (config.recipe == "paper" or config.method not in ROW_METHODS):
+        return "fp32"  # part of the paper's recipe, and of methods that train matrices
+    return dtype
+
+
+def _open(
+    base: str | Encoder, dtype: str, device: str, revision: str | None, trust: bool
+) -> tuple[Encoder, Processes]:
+    """Return the base, in the precision of the main process where each measured it, and all."""
+    if isinstance(base, Encoder):
+        return base, join_processes(base.device)
+    processes = join_processes(choose_device(device))
+    encoder = open_encoder(base, dtype, device, revision=revision, trust_remote_code=trust)
+    names = tuple(DTYPES)
+    agreed = names[processes.first(names.index(encoder.precision))]
+    if agreed != encoder.precision:
+        encoder = open_encoder(base, agreed, device, revision=revision, trust_remote_code=trust)
+    return encoder, processes
+
+
+def _make_lanes(
+    encoder: Encoder,
+    task: Task,
+    config: TrainConfig,
+    rates: Sequence[float] | None,
+    splits: Mapping[str, Split],
+) -> list[Lane]:
+    """Return the one run, or one for each of several ``rates``."""
+    return [
+        Lane(
+            encoder=encoder, task=task, config=config.replace(learning_rate=rate),
+            train=splits["train"], dev=splits.get("dev"),
+            label=f"learning rate {rate:g}" if rates else "",
+        )
+        for rate in rates or (config.learning_rate,)
+    ]  # fmt: skip
 
 
 def _source(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
@@ -274,27 +293,11 @@ def _conditions(encoder: Encoder, hashes: dict[str, str]) -> dict[str, Any]:
         "tokenizer": encoder.base.tokenizer_sha256,
         "train rows": hashes["train"],
         "dev rows": hashes.get("dev"),
-        "dtype": _dtype_name(encoder),
+        "dtype": encoder.precision,
         "device": encoder.device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def _open(
-    base: str, dtype: str, device: str, processes: Processes, revision: str | None, trust: bool
-) -> Encoder:
-    """Open a base in the precision that the main process found where each measured it."""
-    encoder = open_encoder(base, dtype, device, revision=revision, trust_remote_code=trust)
-    names = tuple(DTYPES)
-    agreed = names[processes.first(names.index(_dtype_name(encoder)))]
-    if agreed == _dtype_name(encoder):
-        return encoder
-    return open_encoder(base, agreed, device, revision=revision, trust_remote_code=trust)
-
-
-def _dtype_name(encoder: Encoder) -> str:
-    return next(name for name, value in DTYPES.items() if value == encoder.dtype)
 
 
 def _featurize(encoder: Encoder, task: Task, examples: Sequence[Any], max_length: int) -> Split:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from bitfit.bank import Layout
 from bitfit.batches import Batch, Feature, Features, pack
-from bitfit.errors import UsageError
-from bitfit.heads import Head, loss_weight
+from bitfit.encoder import Encoder
+from bitfit.errors import NoBiases, UsageError
+from bitfit.heads import Head, loss_weight, make_head
 from bitfit.tasks import Example, Task
+from bitfit.terms import Site, choose_sites
 from bitfit.training.processes import Processes
 from bitfit.training.settings import TrainConfig
 
@@ -67,34 +69,39 @@ class Lane:
     is drawn from (seed, epoch), dropout from (seed, step).
 
     Args:
+        encoder: the base.
         task: what is learned.
-        head: its head.
         config: how.
-        layout: the biases that are trained; empty for methods that train matrices.
         train: training rows.
         dev: rows to choose the epoch on; None: the last epoch is kept.
-        device: where it trains.
         label: what tells it from its neighbours, for messages.
+
+    Raises:
+        NoBiases: bias tuning of a base without biases.
+        UnknownTerm: terms that this base does not have.
+        UsageError: a pooling or terms that this base or head cannot have, or class weights of a
+            task without classes.
     """
 
     def __init__(
         self,
         *,
+        encoder: Encoder,
         task: Task,
-        head: Head,
         config: TrainConfig,
-        layout: Layout,
         train: Split,
-        dev: Split | None,
-        device: torch.device,
+        dev: Split | None = None,
         label: str = "",
     ) -> None:
-        self.task, self.head, self.config, self.layout = task, head, config, layout
-        self.train, self.dev, self.device, self.label = train, dev, device, label
+        self.task, self.config, self.train, self.dev = task, config, train, dev
+        self.label, self.device = label, encoder.device
+        self.head = make_head(task, encoder, config.pooling)
+        self.layout = choose_layout(encoder, self.head, config)
+        """The biases that are trained; empty for methods that train matrices."""
         self.progress = Progress()
         self.best: list[Tensor] = []
         """The numbers of the best epoch so far; once the run has ended, those of the kept one."""
-        self.loss_sum = torch.zeros((), device=device)
+        self.loss_sum = torch.zeros((), device=self.device)
         self.steps_per_epoch = math.ceil(len(train.features.items) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.class_weights = self._class_weights()
@@ -202,3 +209,32 @@ class Lane:
         counts = np.bincount(labels.astype(np.int64), minlength=self.head.num_outputs)
         weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
         return torch.tensor(weights, dtype=torch.float32, device=self.device)
+
+
+def choose_layout(encoder: Encoder, head: Head, config: TrainConfig) -> Layout:
+    """Return the biases that a run of ``config`` trains; empty for all methods but ``bitfit``.
+
+    Raises:
+        NoBiases: bias tuning of a base without biases.
+        UnknownTerm: terms that this base does not have.
+        UsageError: terms that name a pooler which this head does not read.
+    """
+    if config.method != "bitfit":
+        return Layout(())
+    inert = () if config.recipe == "paper" else encoder.inert_terms
+    sites = choose_sites(encoder.sites, config.terms, inert=inert)
+    if head.pooling != "pooler":
+        sites = _without_pooler(sites, config.terms, head)
+    if not sites:
+        raise NoBiases("no bias is selected: use --method frozen to train the head alone")
+    return Layout(sites)
+
+
+def _without_pooler(sites: tuple[Site, ...], terms: str, head: Head) -> tuple[Site, ...]:
+    """Leave out a pooler that this head does not read: its bias would never get a gradient."""
+    if "pooler" in (item.strip() for item in terms.split(",")):
+        raise UsageError(
+            f"terms {terms!r} names the pooler, but this task pools by {head.pooling!r} and never "
+            "uses it: add --pooling pooler, or leave the term out"
+        )
+    return tuple(s for s in sites if s.term != "pooler")

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from bitfit.bank import Layout
 from bitfit.encoder import Encoder
-from bitfit.errors import NoBiases, UsageError
+from bitfit.errors import UsageError
 from bitfit.heads import Head
 from bitfit.leaves import BankedLinear
-from bitfit.terms import Site, choose_sites
+from bitfit.terms import choose_sites
 from bitfit.training.lane import Lane
+from bitfit.training.settings import ROW_METHODS, TrainConfig
 from bitfit.training.settings import Method as MethodName
-from bitfit.training.settings import TrainConfig
 
 Numbers = list[Tensor]
 """What one run has trained, as a method reads and writes it."""
@@ -48,12 +48,12 @@ class RowMethod:
     ) -> None:
         paths = {site.path for layout in layouts for site in layout.sites}
         self.layout = Layout(tuple(s for s in encoder.sites if s.path in paths))
-        self.partial = any(layout.n < self.layout.n for layout in layouts)
+        partial = any(layout.n < self.layout.n for layout in layouts)
         self.head_size = max(head.size for head in heads)
         self.std = _init_std(encoder)
         shape = slots, self.layout.n + self.head_size
         self.flat = torch.zeros(shape, device=encoder.device, requires_grad=True)
-        self.mask = torch.ones(shape, device=encoder.device) if self.partial else None
+        self.mask = torch.ones(shape, device=encoder.device) if partial else None
         self.tensors = [self.flat]
 
     @property
@@ -218,25 +218,6 @@ def encoder_parameters(encoder: Encoder, head: Head) -> dict[str, nn.Parameter]:
     return named
 
 
-def choose_layout(encoder: Encoder, head: Head, config: TrainConfig) -> Layout:
-    """Return the biases that a run of ``config`` trains; empty for all methods but ``bitfit``.
-
-    Raises:
-        NoBiases: bias tuning of a base without biases.
-        UnknownTerm: terms that this base does not have.
-        UsageError: terms that name a pooler which this head does not read.
-    """
-    if config.method != "bitfit":
-        return Layout(())
-    inert = () if config.recipe == "paper" else encoder.inert_terms
-    sites = choose_sites(encoder.sites, config.terms, inert=inert)
-    if head.pooling != "pooler":
-        sites = _without_pooler(sites, config.terms, head)
-    if not sites:
-        raise NoBiases("no bias is selected: use --method frozen to train the head alone")
-    return Layout(sites)
-
-
 def make_method(encoder: Encoder, lanes: Sequence[Lane], slots: int = 1) -> Method:
     """Return what trains ``lanes`` on ``encoder``, ``slots`` of them side by side.
 
@@ -244,8 +225,8 @@ def make_method(encoder: Encoder, lanes: Sequence[Lane], slots: int = 1) -> Meth
         UsageError: an unknown method, several methods, or runs that cannot be side by side.
     """
     config, head = lanes[0].config, lanes[0].head
-    if all(lane.config.method in ("bitfit", "frozen") for lane in lanes):
-        if slots > 1 and not (encoder.packed and encoder.mixes):
+    if all(lane.config.method in ROW_METHODS for lane in lanes):
+        if slots > 1 and not encoder.shares_passes:
             raise UsageError(
                 f"base {encoder.base.name!r} does not run packed, so its runs cannot share a "
                 "forward pass: train them one after the other (--lanes 1)"
@@ -263,16 +244,6 @@ def make_method(encoder: Encoder, lanes: Sequence[Lane], slots: int = 1) -> Meth
     if config.method not in get_args(MethodName):
         raise UsageError(f"unknown method {config.method!r}: {', '.join(get_args(MethodName))}")
     return MatrixMethod(encoder, head, random_masks(encoder, head, config))
-
-
-def _without_pooler(sites: tuple[Site, ...], terms: str, head: Head) -> tuple[Site, ...]:
-    """Leave out a pooler that this head does not read: its bias would never get a gradient."""
-    if "pooler" in (item.strip() for item in terms.split(",")):
-        raise UsageError(
-            f"terms {terms!r} names the pooler, but this task pools by {head.pooling!r} and never "
-            "uses it: add --pooling pooler, or leave the term out"
-        )
-    return tuple(s for s in sites if s.term != "pooler")
 
 
 def random_masks(encoder: Encoder, head: Head, config: TrainConfig) -> dict[str, Tensor]:

@@ -26,8 +26,9 @@ from bitfit.calibration import (
     probabilities,
 )
 from bitfit.data import Dataset
+from bitfit.heads import word_labels
 from bitfit.inference import Logits, TaskHead, compute_logits
-from bitfit.metrics import majority_score
+from bitfit.metrics import indicator, majority_score
 from bitfit.model import probe_examples
 from bitfit.storage import atomic_write, pack_safetensors
 from bitfit.taskfile import StorageType, TaskFile
@@ -128,7 +129,6 @@ def make_task_file(
     splits: Mapping[str, Split],
     *,
     data_hash: str,
-    candidates: list[dict[str, Any]] | None,
     train_score: bool,
     source: Mapping[str, Any],
     storage: StorageType,
@@ -167,8 +167,11 @@ def make_task_file(
     }
     if trainer.processes.count > 1:
         recipe["processes"] = trainer.processes.count
-    if candidates is not None:
-        recipe["rates_tried"] = [c | {"score": _number(c["score"])} for c in candidates]
+    if len(trainer.lanes) > 1:
+        recipe["rates_tried"] = [
+            {"learning_rate": run.config.learning_rate, "score": _number(run.progress.best_score)}
+            for run in trainer.lanes
+        ]
     return TaskFile(
         task=lane.task,
         bias=row.cpu().clone(),
@@ -228,16 +231,11 @@ def _calibration_rows(
     A row is an example; of tokens it is a word. The answers of multilabel are 0/1 for each label.
     """
     if task.kind == "tokens":
-        items = dev.features.items
-        words = [f.label[f.word_starts >= 0] for f in items if f.word_starts is not None]
-        return np.concatenate(logits).astype(np.float64), np.concatenate(words)
+        return np.concatenate(logits).astype(np.float64), word_labels(dev.features.items)
     table, answers = np.stack(logits).astype(np.float64), references(dev.examples)
-    if task.kind == "classification":
-        return table, np.asarray(answers)
-    truth = np.zeros(table.shape, dtype=np.int64)
-    for row, indices in enumerate(answers):
-        truth[row, list(indices)] = 1
-    return table, truth
+    if task.kind == "multilabel":
+        return table, indicator(answers, len(task.labels))
+    return table, np.asarray(answers)
 
 
 def _probes(trainer: Trainer, lane: Lane) -> list[dict[str, Any]]:

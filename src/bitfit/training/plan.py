@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
 
@@ -100,6 +101,15 @@ def check_dtype(encoder: Encoder, dtype: str) -> None:
         raise UsageError(
             f"this run is to compute in {dtype!r}, but the open encoder is {encoder.dtype}: open "
             f"it with bitfit.open_encoder(base, {dtype!r})"
+        )
+
+
+def check_rates(rates: tuple[float, ...] | None, splits: Collection[str]) -> None:
+    """Refuse a search over rates without rows to choose on."""
+    if rates and "dev" not in splits:
+        raise UsageError(
+            "learning_rate 'auto' (--lr auto) chooses on dev rows and there are none: name a dev "
+            "file, let dev_fraction be above 0, or give one rate"
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 from bitfit.errors import UsageError
 
 Method = Literal["bitfit", "frozen", "full", "random", "released:random", "released:row_col"]
+# They train rows of a bank, so that many runs share a base; the others change its matrices.
+ROW_METHODS = ("bitfit", "frozen")
 Schedule = Literal["constant", "linear", "cosine"]
 Keep = Literal["best", "last"]
 

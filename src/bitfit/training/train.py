@@ -39,9 +39,6 @@ BETAS = (0.9, 0.999)
 CHECKPOINT_SECONDS = 30.0
 # On a GPU reading the losses waits for it, so divergence is looked for once in so many steps.
 LOSS_CHECK_STEPS = 50
-# Tokens in one forward pass of several lanes; a lane's batch is never split. Beyond some 1,000 a
-# CPU's products are no faster, and the activations leave its cache (docs/lanes.md has the numbers).
-PASS_TOKENS = {"cpu": 1024, "gpu": 65536}
 
 
 @dataclass(frozen=True)
@@ -144,6 +141,15 @@ def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
     if config.schedule == "cosine":
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
     return config.learning_rate
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Return the most tokens in one forward pass of several lanes; a lane's batch is never split.
+
+    Beyond some 1,000 a CPU's products are no faster and the activations leave its cache
+    (benchmarks/README.md has the numbers); a GPU's number is unmeasured.
+    """
+    return 1024 if device.type == "cpu" else 65536
 
 
 class Trainer:
@@ -255,14 +261,11 @@ class Trainer:
             losses += (loss.detach() for loss in own)
         losses = self.processes.sum_gradients(self.method.tensors, losses)
         self.method.after_backward()
-        norms, sizes, epsilons = ([0.0] * len(self.slots) for _ in range(3))
+        norms, sizes, epsilons = ([value] * len(self.slots) for value in (0.0, 0.0, 1.0))
         for slot, lane in running:
-            step = lane.progress.step + 1
-            rate = learning_rate_at(lane.config, step, lane.total_steps)
-            norms[slot], sizes[slot] = lane.config.max_grad_norm, step_size(rate, step)
-        for slot in range(len(self.slots)):
-            place = self.slots[slot]
-            epsilons[slot] = 1.0 if place is None else self.lanes[place].config.adam_eps
+            step, config = lane.progress.step + 1, lane.config
+            sizes[slot] = step_size(learning_rate_at(config, step, lane.total_steps), step)
+            norms[slot], epsilons[slot] = config.max_grad_norm, config.adam_eps
         self.method.clip(norms)
         self.optimizer.step(sizes, epsilons)
         seconds, tokens = time.perf_counter() - began, sum(len(b.input_ids) for b in batches)
@@ -276,7 +279,7 @@ class Trainer:
 
     def _passes(self, shares: Sequence[Share]) -> Iterator[slice]:
         """Split the running lanes into forward passes, as many in each as help the hardware."""
-        most = PASS_TOKENS["cpu" if self.encoder.device.type == "cpu" else "gpu"]
+        most = pass_tokens(self.encoder.device)
         begin, tokens = 0, 0
         for place, share in enumerate(shares):
             more = len(share.batch.input_ids)
