@@ -1,6 +1,7 @@
 """Runs side by side: each ends as it does alone (promise 4 of the design)."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +10,16 @@ from test_training import make_lane
 from bitfit.batches import make_features
 from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.errors import BitfitError, TrainingDiverged, UsageError
-from bitfit.heads import make_head
 from bitfit.inference import TaskHead, compute_logits
 from bitfit.tasks import Task, TextExample, TokenExample
 from bitfit.training.lane import Lane, Split
-from bitfit.training.lane_count import choose_lane_count, measure_lane_counts
-from bitfit.training.methods import choose_layout, make_method
+from bitfit.training.lane_count import (
+    activation_bytes,
+    choose_lane_count,
+    free_memory,
+    measure_lane_counts,
+)
+from bitfit.training.methods import make_method
 from bitfit.training.settings import TrainConfig
 from bitfit.training.train import LaneDropped, StepDone, Trainer
 
@@ -106,12 +111,9 @@ def test_lanes_of_different_tasks_and_heads_train_together(open_tiny):
         lanes = [make_lane(encoder, **(LONG | {"epochs": 6}))]
         for task, examples in ((tags, tagged), (stars, rated)):
             config = TrainConfig(**(LONG | {"epochs": 6, "max_length": 16, "seed": 5}))
-            head = make_head(task, encoder)
             items = make_features(encoder.base.tokenizer, task, examples, 16)
-            lanes.append(Lane(
-                task=task, head=head, config=config, layout=choose_layout(encoder, head, config),
-                train=Split(examples, items), dev=None, device=encoder.device,
-            ))  # fmt: skip
+            split = Split(examples, items)
+            lanes.append(Lane(encoder=encoder, task=task, config=config, train=split))
         return lanes
 
     together, alone = queue(), queue()
@@ -278,3 +280,21 @@ def test_low_memory_gives_the_same_numbers_and_keeps_less(family, open_tiny):
         kept.append(sum(sizes))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] < 0.3 * kept[0]
+
+
+def test_lanes_that_pass_one_by_one_need_the_memory_of_one_pass(open_tiny, monkeypatch):
+    encoder = open_tiny()
+    lanes = [make_lane(encoder, seed=i) for i in range(4)]
+    one, four = (activation_bytes(encoder, lanes[:n]) for n in (1, 4))
+    assert four == 4 * one
+    monkeypatch.setattr("bitfit.training.lane_count.pass_tokens", lambda device: 1)
+    assert activation_bytes(encoder, lanes) == one
+
+
+def test_memory_that_holds_copies_of_files_counts_as_free():
+    """MemFree alone would have a machine that has read much train lane after lane."""
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("this system does not say what is left of its memory")
+    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(known["MemAvailable"].split()[0]) * 1024
+    assert free_memory(torch.device("cpu")) == pytest.approx(available, rel=0.2)

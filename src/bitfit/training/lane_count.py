@@ -6,7 +6,9 @@ import copy
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from bitfit.encoder import Encoder
 from bitfit.training.lane import Lane, Progress
 from bitfit.training.methods import make_method
 from bitfit.training.processes import ALONE, Processes
-from bitfit.training.train import Trainer
+from bitfit.training.settings import ROW_METHODS
+from bitfit.training.train import Trainer, pass_tokens
 
 MOST = 64
 # More lanes must gain at least this much to be worth their memory and their coarser refilling.
@@ -35,8 +38,7 @@ class LaneRate:
 
 def can_share(encoder: Encoder, lanes: Sequence[Lane]) -> bool:
     """Whether these runs can be in one forward pass: rows of a base that runs packed."""
-    rows = all(lane.config.method in ("bitfit", "frozen") for lane in lanes)
-    return rows and encoder.packed and encoder.mixes
+    return encoder.shares_passes and all(lane.config.method in ROW_METHODS for lane in lanes)
 
 
 def choose_lane_count(
@@ -100,10 +102,9 @@ def _speed(encoder: Encoder, lanes: Sequence[Lane], processes: Processes) -> flo
 def activation_bytes(encoder: Encoder, lanes: Sequence[Lane]) -> int:
     """Return about how many bytes a step of ``lanes`` keeps for its backward pass."""
     config: Any = encoder.base.config
-    tokens = 0
-    for lane in lanes:
-        longest = sorted((len(f) for f in lane.train.features.items), reverse=True)
-        tokens += sum(longest[: lane.config.batch_size])
+    longest = [_most_tokens(lane) for lane in lanes]
+    # One pass after the other: each is done with its own before the next begins.
+    tokens = min(sum(longest), max(pass_tokens(encoder.device), *longest))
     hidden = encoder.hidden_size
     inner = int(getattr(config, "intermediate_size", 4 * hidden))
     layers = int(getattr(config, "num_hidden_layers", 12))
@@ -114,11 +115,20 @@ def activation_bytes(encoder: Encoder, lanes: Sequence[Lane]) -> int:
     return tokens * layers * numbers * encoder.dtype.itemsize
 
 
+def _most_tokens(lane: Lane) -> int:
+    """The tokens of the largest batch that a lane can draw."""
+    lengths = sorted((len(f) for f in lane.train.features.items), reverse=True)
+    return sum(lengths[: lane.config.batch_size])
+
+
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on ``device``."""
+    """Return the bytes that ``device`` can give."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system tells
-        return 4 << 30
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            # Not MemFree: a machine that has read files keeps them in what it could give.
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # Other systems say how much there is, not how much of it is left: a quarter, to be careful.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
