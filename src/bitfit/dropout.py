@@ -32,10 +32,8 @@ class DropoutBits:
         words.random_(-(2**63), None, generator=self.generator)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)
         dropped = round(rate * 65536)
-        factor = torch.empty_like(x)
-        # Compared straight into x's type: four times as fast as making bools and casting them.
-        torch.ge(bits, dropped - 32768, out=factor)
-        return factor.mul_(65536 / (65536 - dropped))
+        keep = bits >= dropped - 32768
+        return keep.to(x.dtype).mul_(65536 / (65536 - dropped))
 
 
 class StepDropout:

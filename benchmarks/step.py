@@ -1,0 +1,168 @@
+"""Where the time of a training step goes, and what single changes to it were worth.
+
+    python benchmarks/step.py --data glue_data                       # a profile of MRPC's steps
+    python benchmarks/step.py --data glue_data --task sst2 --lanes 8
+    python benchmarks/step.py --data glue_data --alternatives        # changes, in turns
+
+Without ``--data`` on the sentences of the shipped example.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from bitfit import attention
+from bitfit.batches import Batch
+from bitfit.bench.ours import side_by_side
+from bitfit.bench.work import Table, choose_sources, make_table, read_source
+from bitfit.dropout import DropoutBits
+from bitfit.encoder import open_encoder
+from bitfit.training import train
+
+GROUPS = {
+    "products of the encoder": ("aten::addmm", "aten::addmm_", "aten::mm"),
+    "products of attention": ("aten::bmm", "aten::baddbmm"),
+    "GELU and its backward": ("aten::gelu", "aten::gelu_backward"),
+    "random bits": ("aten::random_",),
+    "copies": ("aten::copy_",),
+    "softmax and its backward": ("aten::_softmax", "aten::_softmax_backward_data"),
+    "gathers": ("aten::index_select", "aten::index_copy_"),
+}
+WARM_UP = 2
+
+
+def attention_by_autograd(
+    q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float, bits: DropoutBits, rate: float
+) -> Tensor:
+    """What ``_DroppedAttention`` took the place of: the same with autograd's own backward."""
+    heads = q.shape[1]
+    q, k, v = (attention._side_by_side(x, batch) for x in (q, k, v))
+    scores = torch.matmul(q * scaling, k.transpose(2, 3))
+    scores = scores.masked_fill(~batch.mask[:, None, None, :], torch.finfo(q.dtype).min)
+    weights = torch.softmax(scores, dim=-1)
+    context = torch.matmul(weights * bits.scale(weights, rate), v)
+    return attention._end_to_end(context.flatten(0, 2), batch, heads)
+
+
+def masks_without_bools(bits: DropoutBits, x: Tensor, rate: float) -> Tensor:
+    """Dropout factors compared straight into the type they are used in."""
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None, generator=bits.generator)
+    drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
+    dropped = round(rate * 65536)
+    factor = torch.empty_like(x)
+    torch.ge(drawn, dropped - 32768, out=factor)
+    return factor.mul_(65536 / (65536 - dropped))
+
+
+def passes_of(tokens: int) -> Callable[[], Any]:
+    """Forward passes of several lanes that take so many tokens."""
+    return lambda: patch.object(train, "pass_tokens", lambda device: tokens)
+
+
+# What stands in for what, by name. Each is worth what the step loses by it.
+ALTERNATIVES: dict[str, Callable[[], Any]] = {
+    "attention by autograd": lambda: patch.object(
+        attention._DroppedAttention, "apply", attention_by_autograd
+    ),
+    "dropout masks without bools": lambda: patch.object(DropoutBits, "scale", masks_without_bools),
+    "passes of up to 2,048 tokens": passes_of(2048),
+    "passes of up to 4,096 tokens": passes_of(4096),
+    "all lanes in one pass": passes_of(1 << 30),
+}
+
+
+def make_step(args: argparse.Namespace, steps: int) -> tuple[Callable[[int], None], Table]:
+    """Return our training step on given batches, and those."""
+    encoder = open_encoder(args.base, "fp32", "cpu")
+    (source,) = choose_sources(args.data, (args.task,) if args.task else (), ("mrpc",), ("intent",))
+    task, features = read_source(encoder, source)
+    table = make_table(
+        args.base, encoder.device, task, features, args.batch_size, steps, args.lanes
+    )
+    return side_by_side(table.work, encoder).step, table
+
+
+def show_profile(args: argparse.Namespace) -> None:
+    """Print the share of a step's time that each group of operations takes by itself."""
+    step, table = make_step(args, WARM_UP + args.steps)
+    for number in range(WARM_UP):
+        step(number)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for number in range(WARM_UP, WARM_UP + args.steps):
+            step(number)
+    spent = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    total = sum(spent.values())
+    print(f"{_about(args, table)}: {total / args.steps / 1000:.0f} ms a step\n")
+    print("| operations | share |\n|---|---|")
+    rest = total
+    for name, keys in GROUPS.items():
+        time_of = sum(spent.get(key, 0.0) for key in keys)
+        rest -= time_of
+        print(f"| {name} | {time_of / total:.1%} |")
+    print(f"| all others | {rest / total:.1%} |")
+
+
+def show_alternatives(args: argparse.Namespace) -> None:
+    """Print how much longer a step takes with something else in place of what is there."""
+    step, table = make_step(args, WARM_UP + args.steps)
+    seconds: dict[str, list[float]] = {name: [] for name in ("as it is", *ALTERNATIVES)}
+    names = list(seconds)
+    for number in range(WARM_UP + args.steps):
+        first = number % len(names)  # none always follows the same
+        for name in names[first:] + names[:first]:
+            with _replaced(name):
+                began = time.perf_counter()
+                step(number)
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - began)
+    print(f"{_about(args, table)}: median of {args.steps} steps in turns\n")
+    print("| in its place | time of a step, median ratio |\n|---|---|")
+    for name in ALTERNATIVES:
+        pairs = zip(seconds[name], seconds["as it is"], strict=True)
+        print(f"| {name} | {statistics.median(a / b for a, b in pairs):.2f} |")
+
+
+@contextmanager
+def _replaced(name: str) -> Iterator[None]:
+    if name not in ALTERNATIVES:
+        yield
+        return
+    with ALTERNATIVES[name]():
+        yield
+
+
+def _about(args: argparse.Namespace, table: Table) -> str:
+    return (
+        f"{table.work.task.name}, batch {args.batch_size}, {args.lanes} lane(s), "
+        f"{table.mean_tokens:.0f} tokens a batch, {torch.get_num_threads()} thread(s)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="the GLUE directory")
+    parser.add_argument("--task", help="a built-in task, or one of the example's")
+    parser.add_argument("--base", default="minilm")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lanes", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--alternatives", action="store_true", help="changes and not a profile")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    (show_alternatives if args.alternatives else show_profile)(args)
+
+
+if __name__ == "__main__":
+    main()
