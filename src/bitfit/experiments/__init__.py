@@ -1,0 +1,1 @@
+"""Grids of runs: the paper's tables and figures, and grids of the user's own."""
