@@ -973,6 +973,22 @@ def test_eval_finds_the_held_out_rows_whatever_seed_chose_them(
     assert scored == [list(outcome.dataset.splits["dev"])]
 
 
+def test_two_seeds_train_on_the_same_rows_where_the_data_has_a_seed(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data = write_rows(tmp_path / "moods.csv")
+    columns = ("--data", data, "--text", "body", "--label", "mood", "--base", base, "--limit", 10)
+    recipes = []
+    for name, seeds in {
+        "a": ("--seed", 1), "b": ("--seed", 2, "--data-seed", 1), "c": ("--seed", 2),
+    }.items():  # fmt: skip
+        code, _, err = run("train", *columns, *seeds, "--out", tmp_path / name, *QUICK)
+        assert code == 0, err
+        recipes.append(bitfit.TaskFile.load(tmp_path / name))
+    assert recipes[0].data_hash == recipes[1].data_hash != recipes[2].data_hash
+    assert [file.recipe["dev_seed"] for file in recipes] == [1, 1, 2]
+
+
 def test_training_and_eval_agree_on_the_split_that_was_chosen(
     tmp_path: Path, base: str, run: Run
 ) -> None:

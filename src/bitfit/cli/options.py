@@ -144,6 +144,13 @@ DevFraction: TypeAlias = Annotated[
     float,
     typer.Option(help="Share of train held out where there is no dev split.", rich_help_panel=DATA),
 ]
+DataSeed: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="What --limit and the rows held out are drawn from (default: --seed).",
+        rich_help_panel=DATA,
+    ),
+]
 SkipBadRows: TypeAlias = Annotated[
     bool,
     typer.Option(
@@ -191,7 +198,7 @@ BatchSize: TypeAlias = Annotated[
 Seed: TypeAlias = Annotated[
     int,
     typer.Option(
-        help="Order of the data, dropout, the head's start, held-out rows.",
+        help="Order of the data, dropout, the head's start, held-out rows (but see --data-seed).",
         rich_help_panel=TRAINING,
     ),
 ]

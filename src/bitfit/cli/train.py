@@ -23,6 +23,7 @@ def train(
     hub_revision: options.HubRevision = None,
     limit: options.Limit = None,
     dev_fraction: options.DevFraction = 0.1,
+    data_seed: options.DataSeed = None,
     skip_bad_rows: options.SkipBadRows = False,
     out: options.Out = None,
     name: options.Name = None,

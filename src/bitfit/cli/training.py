@@ -27,8 +27,8 @@ from bitfit.training.train import EpochDone, StepDone
 # What finetune takes beside the data, under the same names as the options.
 _PASSED_ON = (
     "name recipe storage dtype device threads low_memory resume train_score licence description "
-    "epochs batch_size seed terms method max_length pooling schedule warmup_ratio max_grad_norm "
-    "class_weights keep patience revision trust_remote_code"
+    "epochs batch_size seed data_seed terms method max_length pooling schedule warmup_ratio "
+    "max_grad_norm class_weights keep patience revision trust_remote_code"
 ).split()
 
 

@@ -20,13 +20,19 @@ def plan_run(
     recipe: str,
     learning_rate: float | str | None,
     options: dict[str, Any],
+    data_seed: int | None = None,
 ) -> tuple[DataConfig, TrainConfig, tuple[float, ...] | None]:
     """Return what to read, how to train, and the rates to search over (None: one rate).
+
+    Which rows are taken and which are held out is drawn from ``data_seed``; None: from that of a
+    :class:`DataConfig`, or else from the run's own.
 
     Raises:
         UsageError: an option that does not exist or cannot be meant.
     """
     data_options, train_options = _sort_options(options)
+    if data_seed is not None:
+        data_options["seed"] = data_seed
     if isinstance(data, DataConfig):
         data_config = dataclasses.replace(data, **data_options)
     else:
