@@ -239,6 +239,13 @@ MaxGradNorm: TypeAlias = Annotated[
     float | None,
     typer.Option(help="Clip gradients at this norm; 0: never.", rich_help_panel=TRAINING),
 ]
+AttentionDropout: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="Dropout on attention probabilities; by default the base's own.",
+        rich_help_panel=TRAINING,
+    ),
+]
 ClassWeights: TypeAlias = Annotated[
     str | None,
     typer.Option(help="balanced: rare classes weigh more.", rich_help_panel=TRAINING),

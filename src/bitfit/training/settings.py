@@ -55,6 +55,8 @@ class TrainConfig:
     """Tokens in a sequence, specials included; longer texts are cut."""
     pooling: str = "auto"
     """``auto``, ``pooler``, ``cls`` or ``mean``."""
+    attention_dropout: float | None = None
+    """Dropout on attention probabilities; None: the base's own."""
     seed: int = 0
     """Order of the data, dropout and the head's first numbers."""
 
@@ -72,6 +74,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise UsageError(f"{name} is {value}; expected {least} to {most}")
+        if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
+            raise UsageError(
+                f"attention_dropout is {self.attention_dropout}; expected 0 up to below 1"
+            )
         if self.learning_rate == 0.0:
             raise UsageError("learning_rate is 0: nothing would be learned")
 

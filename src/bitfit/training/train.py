@@ -151,10 +151,10 @@ def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
 def pass_tokens(device: torch.device) -> int:
     """Return the most tokens in one forward pass of several lanes; a lane's batch is never split.
 
-    Beyond some 1,000 a CPU's products are no faster and the activations leave its cache
-    (benchmarks/README.md has the numbers); a GPU's number is unmeasured.
+    More fill a CPU's products better until the activations leave its caches (benchmarks/README.md
+    has the numbers); a GPU's number is unmeasured.
     """
-    return 1024 if device.type == "cpu" else 65536
+    return 4096 if device.type == "cpu" else 65536
 
 
 class Trainer:
@@ -259,7 +259,13 @@ class Trainer:
         ]
         device, rank = self.encoder.device, self.processes.rank
         bits = [
-            DropoutBits(lane.config.seed, lane.progress.step + 1, device, rank)
+            DropoutBits(
+                lane.config.seed,
+                lane.progress.step + 1,
+                device,
+                rank,
+                lane.config.attention_dropout,
+            )
             for _, lane in running
         ]
         losses: list[Tensor] = []
