@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from bitfit.data import DataConfig
 from bitfit.errors import UsageError
-from bitfit.tasks import BUILTIN_TASKS
+from bitfit.tasks import BUILTIN_TASKS, builtin_task
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ class Grid:
             raise UsageError(f"row {row.name!r}: unknown option {_near(unknown[0], _ROW_OPTIONS)}")
         try:
             return resolve_config(self.recipe, learning_rate=rate, seed=seed, **options)
-        except UsageError as error:
+        except (UsageError, TypeError) as error:  # a word where a number is compared
             raise UsageError(f"row {row.name!r}: {error}") from error
 
     def replace(self, **changes: Any) -> Grid:
@@ -272,7 +272,8 @@ def grid_task(found: str | Mapping[str, Any]) -> GridTask:
         UsageError: an option that neither has.
     """
     if isinstance(found, str):
-        return GridTask(name=found, data={"task": found})
+        name = builtin_task(found).task.name
+        return GridTask(name=name, data={"task": name})
     values = dict(found)
     name = values.pop("name", values.get("task"))
     if not isinstance(name, str) or not name.strip():
