@@ -213,7 +213,8 @@ Terms: TypeAlias = Annotated[
 Method: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="bitfit, frozen (head only), full, random, released:random, released:row_col.",
+        help="bitfit, frozen (head only), full, random, released:random, released:row_col, "
+        "peft:lora, peft:ia3, peft:layernorm (extra: peft).",
         rich_help_panel=TRAINING,
     ),
 ]
