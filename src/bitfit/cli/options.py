@@ -177,7 +177,7 @@ LearningRate: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--lr",
-        help="A number, or auto: the paper's four rates, chosen on dev (default: the recipe's).",
+        help="A number, or auto: the method's four rates, chosen on dev (default: the recipe's).",
         rich_help_panel=TRAINING,
     ),
 ]  # fmt: skip
