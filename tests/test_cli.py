@@ -989,6 +989,25 @@ def test_two_seeds_train_on_the_same_rows_where_the_data_has_a_seed(
     assert [file.recipe["dev_seed"] for file in recipes] == [1, 1, 2]
 
 
+def test_an_adapter_is_trained_by_command_beside_its_name(
+    tmp_path: Path, base: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "moods.csv")
+    columns = ("--data", "moods.csv", "--text", "body", "--label", "mood", "--base", base)
+    code, text, err = run("train", *columns, "--method", "peft:lora", *QUICK, "--json")
+    assert code == 0, err
+    report = json.loads(text)
+    assert (report["method"], report["file"]) == ("peft:lora", "moods.lora.safetensors")
+    assert (tmp_path / "moods.lora.safetensors").stat().st_size == report["file_bytes"]
+    assert not list(tmp_path.glob("*.checkpoint"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, _, err = run("train", *columns, "--method", "peft:lora", *QUICK)
+    assert code == 2
+    assert "pip install 'bitfit[peft]'" in err
+
+
 def test_training_and_eval_agree_on_the_split_that_was_chosen(
     tmp_path: Path, base: str, run: Run
 ) -> None:

@@ -177,7 +177,7 @@ LearningRate: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--lr",
-        help="A number, or auto: the paper's four rates, chosen on dev (default: the recipe's).",
+        help="A number, or auto: the method's four rates, chosen on dev (default: the recipe's).",
         rich_help_panel=TRAINING,
     ),
 ]  # fmt: skip
@@ -213,7 +213,8 @@ Terms: TypeAlias = Annotated[
 Method: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="bitfit, frozen (head only), full, random, released:random, released:row_col.",
+        help="bitfit, frozen (head only), full, random, released:random, released:row_col, "
+        "peft:lora, peft:ia3, peft:layernorm (extra: peft).",
         rich_help_panel=TRAINING,
     ),
 ]

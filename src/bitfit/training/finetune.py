@@ -95,7 +95,7 @@ def finetune(
         base: ``"minilm"``, a directory, a name on the model hub, or an open :class:`Encoder`.
         data: a file, a folder, a name on the data hub, or a whole :class:`DataConfig`.
         out: the task file to write (for ``full`` a directory).
-        learning_rate: a rate, or ``"auto"``: the paper's four rates, chosen on dev.
+        learning_rate: a rate, or ``"auto"``: the method's four rates, chosen on dev.
         data_seed: what ``limit`` and the rows held out for dev are drawn from; None: the seed of
             ``data`` where that is a :class:`DataConfig`, else the run's own ``seed``.
         recipe: ``"default"`` or ``"paper"``.

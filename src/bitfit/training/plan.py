@@ -12,6 +12,7 @@ from bitfit.data import DataConfig
 from bitfit.encoder import DTYPES, Encoder
 from bitfit.errors import UsageError
 from bitfit.taskfile import StorageType
+from bitfit.training.adapters import check_installed
 from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
 
 
@@ -29,6 +30,7 @@ def plan_run(
 
     Raises:
         UsageError: an option that does not exist or cannot be meant.
+        MissingExtra: a method that needs peft, without it.
     """
     data_options, train_options = _sort_options(options)
     if data_seed is not None:
@@ -40,6 +42,7 @@ def plan_run(
         data_config = DataConfig(data=data, **data_options)
     rates, learning_rate = _rates(learning_rate, train_options.get("method", "bitfit"))
     config = resolve_config(recipe, learning_rate=learning_rate, **train_options)
+    check_installed(config.method)
     return data_config, config, rates
 
 
