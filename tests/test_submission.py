@@ -182,6 +182,15 @@ def test_what_is_missing_is_refused_by_name_before_anything_is_answered(
         assert archive.namelist() == [file.name for file in found.files]
 
 
+def test_a_test_file_is_never_written_over(
+    encoder: Encoder, files: dict[str, Path], glue: Path
+) -> None:
+    before = (glue / "AX" / "AX.tsv").read_bytes()
+    with pytest.raises(UsageError, match=r"AX\.tsv would be written over"):
+        write_submission(encoder, files, glue, glue / "AX")
+    assert (glue / "AX" / "AX.tsv").read_bytes() == before
+
+
 def test_nothing_to_write_is_refused_even_if_partial(encoder: Encoder, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="would lack"):
         write_submission(encoder, {}, tmp_path, tmp_path / "send", partial=True)

@@ -10,9 +10,10 @@ class of train.
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def read_tests(
             to every row.
     """
     if splits is None:
-        there = () if str(data).startswith("hub:") else _found_splits(builtin, data)
+        there = {} if str(data).startswith("hub:") else _found_splits(builtin, data)
         splits = [s for s in server_files(builtin) if s != DIAGNOSTIC or s in there]
     dataset = read_dataset(DataConfig(data=data, task=builtin.task.name, splits=tuple(splits)))
     if dataset.skipped:
@@ -155,7 +156,7 @@ def read_tests(
     return rows, dict(dataset.sources)
 
 
-def _found_splits(builtin: BuiltinTask, data: str | Path) -> Iterable[str]:
+def _found_splits(builtin: BuiltinTask, data: str | Path) -> dict[str, tuple[Path, ...]]:
     return find_files(DataConfig(data=data, task=builtin.task.name)).files
 
 
@@ -178,6 +179,7 @@ class _Planned:
     name: str
     builtin: BuiltinTask
     split: str
+    test: Path
     source: Path | None
 
 
@@ -214,10 +216,13 @@ def write_submission(
     if left_out and not (partial and planned):
         reasons = "".join(f"\n  {name}: {why}" for name, why in left_out.items())
         raise UsageError(f"the submission would lack{reasons}")
+    folder = Path(out)
+    for plan in planned:
+        if os.path.realpath(folder / plan.name) == os.path.realpath(plan.test):
+            raise UsageError(f"{plan.test} would be written over: name another folder than {out}")
     model = Model(base.encoder if isinstance(base, Model) else base)
     for name, path in named.items():
         model.add(_checked(TaskFile.load(path), builtin_task(name), path), name)
-    folder = Path(out)
     written: list[SubmittedFile] = []
     contents: dict[str, bytes] = {}
     for plan in planned:
@@ -239,18 +244,19 @@ def _plan(named: Mapping[str, Path], data: str | Path) -> tuple[list[_Planned], 
         raise DataError(f"no such folder: {data}; expected the GLUE directory")
     planned, left_out = [], {}
     for builtin in GLUE_TASKS:
-        there = set(_found_splits(builtin, data))
+        there = _found_splits(builtin, data)
+        source = named.get(builtin.task.name)
         for split, name in server_files(builtin).items():
-            why = _missing(builtin, split, there, builtin.task.name in named, data)
+            why = _missing(builtin, split, there, source is not None, data)
             if why is None:
-                planned.append(_Planned(name, builtin, split, named.get(builtin.task.name)))
+                planned.append(_Planned(name, builtin, split, there[split][0], source))
             else:
                 left_out[name] = why
     return planned, left_out
 
 
 def _missing(
-    builtin: BuiltinTask, split: str, there: set[str], has_file: bool, data: str | Path
+    builtin: BuiltinTask, split: str, there: Container[str], has_file: bool, data: str | Path
 ) -> str | None:
     """Return why the file of a split cannot be written, or None."""
     name = builtin.task.name
@@ -280,9 +286,9 @@ def _answer(
     plan: _Planned, model: Model, data: str | Path, on_answers: Callable[[int], None] | None
 ) -> tuple[SubmittedFile, bytes]:
     """Return one file of the submission and its bytes."""
-    rows, sources = read_tests(plan.builtin, data, [plan.split])
+    rows, _ = read_tests(plan.builtin, data, [plan.split])
     examples = rows[plan.split]
-    _check_count(examples, Path(sources[plan.split][0]))
+    _check_count(examples, plan.test)
     task = plan.builtin.task
     constant, chunks = None, answer_lines(model, examples, task.name)
     if plan.source is None:
