@@ -31,7 +31,7 @@ from bitfit.training.plan import (
     plan_run,
 )
 from bitfit.training.processes import Processes, join_processes, own_device
-from bitfit.training.settings import ROW_METHODS, TrainConfig
+from bitfit.training.settings import ROW_METHODS, SPAN_MAX_LENGTH, TrainConfig
 from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer, recorded_conditions
 
 
@@ -147,6 +147,8 @@ def finetune(
     encoder, processes = _open(base, dtype, own_device(device), revision, trust_remote_code)
     check_dtype(encoder, dtype)
     encoder.low_memory = low_memory
+    if task.kind == "span" and options.get("max_length") is None:
+        config = config.replace(max_length=SPAN_MAX_LENGTH)
     config = config.replace(max_length=encoder.clamp_length(config.max_length))
     splits = {
         split: _featurize(encoder, task, examples, config.max_length)
