@@ -209,7 +209,9 @@ def test_intervals_hold_as_often_as_they_say():
         sides = []
         for shift in (0.3, 0.0):
             levels = shift + 0.15 * rng.standard_normal(3)
-            right = [(level + shared + rng.standard_normal(200) > 0).astype(int) for level in levels]
+            right = [
+                (level + shared + rng.standard_normal(200) > 0).astype(int) for level in levels
+            ]
             scorers = [make_scorer(task, "accuracy", r, [1] * 200) for r in right]
             draws = resample(scorers, 200, 300)
             sides.append((dict(enumerate(draws)), {s: r.mean() for s, r in enumerate(right)}))
@@ -225,7 +227,9 @@ def test_two_thousand_resamples_of_stsb_take_seconds():
     answers = (rng.integers(0, 26, 1500) / 5).tolist()
     task = Task(name="stsb", kind="regression")
     scorers = [
-        make_scorer(task, "spearman", (np.array(answers) + rng.normal(0, 1, 1500)).tolist(), answers)
+        make_scorer(
+            task, "spearman", (np.array(answers) + rng.normal(0, 1, 1500)).tolist(), answers
+        )
         for _ in range(3)
     ]
     start = time.perf_counter()

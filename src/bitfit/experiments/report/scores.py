@@ -1,0 +1,156 @@
+"""The tables in the shape of the paper's: methods in rows, tasks in columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bitfit.experiments.report.differences import WAYS
+from bitfit.experiments.report.paper import (
+    paper_source,
+    printed_rate,
+    printed_row,
+    printed_score,
+    task_title,
+)
+from bitfit.experiments.report.results import Line, Results, TaskColumn
+from bitfit.experiments.report.table import (
+    DASH,
+    Cell,
+    Column,
+    Table,
+    mean_column,
+    none_if_nan,
+    number,
+    points,
+    rate,
+    rate_text,
+    text,
+)
+
+MakeCell = Callable[[Line, TaskColumn], tuple[Cell, float]]
+"""A cell, and its number for the average."""
+
+
+def best_table(results: Results) -> Table | None:
+    """Return the best score of each cell over its seeds, to set beside single printed numbers."""
+
+    def cell(line: Line, column: TaskColumn) -> tuple[Cell, float]:
+        found = results.summary("paper", line, column)
+        printed = _printed(results, line, column)
+        shown = Cell(points(found.best), none_if_nan(found.best), found.runs, printed)
+        return shown, found.best
+
+    notes = ["The best of the seeds at the chosen rate: a single best-on-dev number, as printed."]
+    return _wide(results, "best", "Best on dev", cell, notes)
+
+
+def mean_table(results: Results, way: str) -> Table | None:
+    """Return mean ± standard deviation over the seeds under one protocol."""
+
+    def cell(line: Line, column: TaskColumn) -> tuple[Cell, float]:
+        found = results.summary(way, line, column)
+        return found.cell(printed=_printed(results, line, column)), found.mean
+
+    notes = [
+        f"Mean ± standard deviation over the seeds. Protocol {way}: {WAYS[way]}.",
+    ]
+    if way == "split" and any(c.split != "dev" for c in results.columns):
+        notes.append("MNLI's mismatched half is scored for the protocol paper only.")
+    return _wide(results, f"mean-{way}", f"Mean over the seeds, protocol {way}", cell, notes)
+
+
+def _printed(results: Results, line: Line, column: TaskColumn) -> float | None:
+    return printed_score(results.paper, line.row, column.key, line.base)
+
+
+def _wide(
+    results: Results, key: str, title: str, make: MakeCell, notes: Sequence[str]
+) -> Table | None:
+    rows = [_wide_row(results, line, make) for line in results.lines]
+    if not any(cell.text != DASH for row in rows for cell in row[1 : len(results.columns) + 1]):
+        return None
+    columns = [Column("row", "row", False), *(Column(c.key, c.title) for c in results.columns)]
+    if len(results.columns) > 1:
+        columns.append(Column("average", "average"))
+    columns.append(Column("seeds", "seeds"))
+    if results.failed:
+        columns.append(Column("failed", "failed runs"))
+    metrics = ", ".join(f"{c.title} {c.metric}" for c in results.columns)
+    extra = [f"Metrics, times 100: {metrics}."]
+    if len(results.columns) > 1:
+        extra.append("average: the mean of the columns, where none is missing.")
+    base = _printed_base(results)
+    if base:
+        extra.append(f"In brackets: what the paper prints for {base} ({paper_source()}).")
+    return Table(
+        key, title, tuple(columns), tuple(rows), (*notes, *extra), is_wide=True, printed_base=base
+    )
+
+
+def _wide_row(results: Results, line: Line, make: MakeCell) -> tuple[Cell, ...]:
+    made = [make(line, column) for column in results.columns]
+    cells = [text(results.label(line)), *(cell for cell, _ in made)]
+    if len(results.columns) > 1:
+        average = mean_column([value for _, value in made])
+        runs = tuple(dict.fromkeys(run for cell, _ in made for run in cell.runs))
+        cells.append(Cell(points(average), none_if_nan(average), runs))
+    seeds = sorted({len(results.choices("paper", line, task)) for task in results.tasks} - {0})
+    span = [str(n) for n in (seeds if len(seeds) < 2 else (seeds[0], seeds[-1]))]
+    cells.append(Cell("–".join(span) or DASH, seeds))
+    if results.failed:
+        cells.append(number(sum(results.failures(line, task) for task in results.tasks)))
+    return tuple(cells)
+
+
+def _printed_base(results: Results) -> str:
+    """Return the bases of the printed rows that stand beside ours."""
+    rows = (printed_row(results.paper, line.row, line.base) for line in results.lines)
+    return ", ".join(dict.fromkeys(row.base for row in rows if row))
+
+
+def rate_table(results: Results) -> Table | None:
+    """Return the chosen rates in the shape of the paper's Table 6: tasks in rows."""
+    if not results.done:
+        return None
+    lines = [line for line in results.lines if any(results.runs(line, t) for t in results.tasks)]
+    rows = []
+    for task in results.tasks:
+        cells = [text(task_title(task))]
+        for line in lines:
+            cells += [_rate_cell(results, way, line, task) for way in WAYS]
+        rows.append(tuple(cells))
+    columns = [Column("task", "task", False)]
+    for line in lines:
+        label = results.label(line)
+        columns += [Column(label, label), Column(f"{label} (split)", f"{label} (split)")]
+    notes = [
+        "The rate with the best mean dev score over the seeds that every rate was run with; of "
+        "equal ones the smallest. Plain: protocol paper, (split): protocol split.",
+        "After a slash: how many rates were tried, where more than one.",
+    ]
+    if results.paper and any(c.printed is not None for row in rows for c in row):
+        notes.append("In brackets: Table 6 of the paper.")
+    return Table("rates", "Best learning rates", tuple(columns), tuple(rows), tuple(notes))
+
+
+def _rate_cell(results: Results, way: str, line: Line, task: str) -> Cell:
+    choices = results.choices(way, line, task)
+    if not choices:
+        return Cell()
+    found = choices[0].record["config"]["learning_rate"]
+    tried = len(results.by_rate(line, task))
+    cell = rate(found)
+    printed = printed_rate(line.row, task, line.base) if results.paper else None
+    return Cell(
+        cell.text + (f" / {tried}" if tried > 1 else ""),
+        {"rate": found, "tried": tried},
+        tuple(c.record["id"] for c in choices),
+        printed if way == "paper" else None,
+    )
+
+
+def printed_text(table: Table, cell: Cell) -> str:
+    """Return how a printed number is written beside ours: a rate, or a score times 100."""
+    if cell.printed is None:
+        return ""
+    return rate_text(cell.printed) if table.key == "rates" else f"{cell.printed:.1f}"
