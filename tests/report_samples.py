@@ -203,7 +203,7 @@ def table3(directory, tasks=(MRPC, RTE, STSB), rows=200):
     for row, skill in skills.items():
         biases = {"BitFit": EIGHT, "b_m2 + b_q": ("query", "intermediate")}.get(row, ())
         for task in tasks:
-            sample.done(row, task, skill=skill - 0.05, rate=4e-4, change=biases)
+            sample.done(row, task, skill=skill - 0.2, rate=4e-4, change=biases)
             for seed in range(3):
                 sample.done(row, task, skill=skill, seed=seed, change=biases)
     sample.failed("Full-FT", tasks[0], rate=5e-2)

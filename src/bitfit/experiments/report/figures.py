@@ -94,7 +94,7 @@ def _forest(results: Results, found: Sequence[Comparison], title: str) -> Any:
     axes = figure.add_subplot()
     y, places, names = 0.0, [], []
     for task in tasks:
-        axes.text(0.0, y, task_title(task), transform=axes.get_yaxis_transform(), va="center",
+        axes.text(0.012, y, task_title(task), transform=axes.get_yaxis_transform(), va="center",
                   ha="left", fontsize=9, fontweight="bold", parse_math=False,
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, zorder=4)  # fmt: skip
         y += 1

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from bitfit.experiments.report.differences import WAYS
 from bitfit.experiments.report.paper import (
-    paper_source,
     printed_rate,
     printed_row,
     printed_score,
@@ -41,7 +40,7 @@ def best_table(results: Results) -> Table | None:
         return shown, found.best
 
     notes = ["The best of the seeds at the chosen rate: a single best-on-dev number, as printed."]
-    return _wide(results, "best", "Best on dev", cell, notes)
+    return _wide(results, "best", "Best on dev", "paper", cell, notes)
 
 
 def mean_table(results: Results, way: str) -> Table | None:
@@ -56,7 +55,7 @@ def mean_table(results: Results, way: str) -> Table | None:
     ]
     if way == "split" and any(c.split != "dev" for c in results.columns):
         notes.append("MNLI's mismatched half is scored for the protocol paper only.")
-    return _wide(results, f"mean-{way}", f"Mean over the seeds, protocol {way}", cell, notes)
+    return _wide(results, f"mean-{way}", f"Mean over the seeds, protocol {way}", way, cell, notes)
 
 
 def _printed(results: Results, line: Line, column: TaskColumn) -> float | None:
@@ -64,9 +63,9 @@ def _printed(results: Results, line: Line, column: TaskColumn) -> float | None:
 
 
 def _wide(
-    results: Results, key: str, title: str, make: MakeCell, notes: Sequence[str]
+    results: Results, key: str, title: str, way: str, make: MakeCell, notes: Sequence[str]
 ) -> Table | None:
-    rows = [_wide_row(results, line, make) for line in results.lines]
+    rows = [_wide_row(results, way, line, make) for line in results.lines]
     if not any(cell.text != DASH for row in rows for cell in row[1 : len(results.columns) + 1]):
         return None
     columns = [Column("row", "row", False), *(Column(c.key, c.title) for c in results.columns)]
@@ -79,22 +78,24 @@ def _wide(
     extra = [f"Metrics, times 100: {metrics}."]
     if len(results.columns) > 1:
         extra.append("average: the mean of the columns, where none is missing.")
-    base = _printed_base(results)
+    base, where = _printed_base(results)
     if base:
-        extra.append(f"In brackets: what the paper prints for {base} ({paper_source()}).")
+        extra.append(
+            f"In brackets: the paper's {where}, {base}, on dev (anonymous ACL submission)."
+        )
     return Table(
         key, title, tuple(columns), tuple(rows), (*notes, *extra), is_wide=True, printed_base=base
     )
 
 
-def _wide_row(results: Results, line: Line, make: MakeCell) -> tuple[Cell, ...]:
+def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[Cell, ...]:
     made = [make(line, column) for column in results.columns]
     cells = [text(results.label(line)), *(cell for cell, _ in made)]
     if len(results.columns) > 1:
         average = mean_column([value for _, value in made])
         runs = tuple(dict.fromkeys(run for cell, _ in made for run in cell.runs))
         cells.append(Cell(points(average), none_if_nan(average), runs))
-    seeds = sorted({len(results.choices("paper", line, task)) for task in results.tasks} - {0})
+    seeds = sorted({len(results.choices(way, line, task)) for task in results.tasks} - {0})
     span = [str(n) for n in (seeds if len(seeds) < 2 else (seeds[0], seeds[-1]))]
     cells.append(Cell("–".join(span) or DASH, seeds))
     if results.failed:
@@ -102,10 +103,12 @@ def _wide_row(results: Results, line: Line, make: MakeCell) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def _printed_base(results: Results) -> str:
-    """Return the bases of the printed rows that stand beside ours."""
-    rows = (printed_row(results.paper, line.row, line.base) for line in results.lines)
-    return ", ".join(dict.fromkeys(row.base for row in rows if row))
+def _printed_base(results: Results) -> tuple[str, str]:
+    """Return the bases of the printed rows that stand beside ours, and where they stand."""
+    found = (printed_row(results.paper, line.row, line.base) for line in results.lines)
+    rows = [row for row in found if row]
+    bases, sources = dict.fromkeys(r.base for r in rows), dict.fromkeys(r.source for r in rows)
+    return ", ".join(bases), " and ".join(sources)
 
 
 def rate_table(results: Results) -> Table | None:

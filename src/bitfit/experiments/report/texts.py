@@ -91,7 +91,14 @@ def as_latex(table: Table) -> str:
     columns = _latex_columns(table)
     wanted = [table.columns.index(c) for c in columns]
     form = "".join("r" if c.is_number else "l" for c in columns)
-    lines = [r"\begin{table}", r"\centering", r"\small", rf"\begin{{tabular}}{{{form}}}", r"\hline"]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        r"\footnotesize",
+        r"\setlength{\tabcolsep}{3pt}",
+        rf"\begin{{tabular}}{{{form}}}",
+        r"\hline",
+    ]
     lines.append(_latex_row([c.title for c in columns]))
     lines.append(r"\hline")
     lines += [_latex_row([row[i].text for i in wanted]) for row in table.rows]

@@ -40,7 +40,8 @@ def sections(draws: Draws) -> list[Section]:
 
 def counts_text(results: Results) -> str:
     """Return how many runs are done, failed and missing."""
-    found = f"{len(results.done)} runs done, {len(results.failed)} failed"
+    runs = "run" if len(results.done) == 1 else "runs"
+    found = f"{len(results.done)} {runs} done, {len(results.failed)} failed"
     missing = results.missing()
     if isinstance(results.experiment.get("planned"), int):
         return f"{found}, {missing} missing of {results.experiment['planned']}."

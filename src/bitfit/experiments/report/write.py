@@ -145,8 +145,8 @@ def _write_figures(writer: _Writer, drawings: Sequence[Drawing]) -> dict[str, st
 
 
 def file_name(key: str) -> str:
-    """Return a key as a file name: what is neither letter, digit, dot nor dash becomes a dash."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", key).strip("-.") or "figure"
+    """Return a key as a file name: runs of what is neither letter, digit nor dot become a dash."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", key).strip("-.") or "figure"
 
 
 def _as_json(results: Results, title: str, said: Sequence[Section], tables: Sequence[Table]) -> str:
