@@ -11,7 +11,7 @@ from bitfit.training.finetune import finetune
 def train_task(base: str, data: str, out: str) -> None:
     """Train a small task, saving the state after every step so that a kill often hits a write."""
     torch.set_num_threads(1)
-    train.CHECKPOINT_SECONDS = 0.0
+    train.CHECKPOINT_SECONDS = train.CHECKPOINT_PAUSE = 0.0
     finetune(
         base, data=data, text="body", label="intent", out=out, epochs=6, learning_rate=1e-2,
         dtype="fp32", dev_fraction=0.3, resume=True,

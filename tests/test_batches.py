@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import make_tokenizer
+from tiny import WORDS, make_tokenizer
 
 from bitfit.batches import Feature, length_sorted, make_features, pack
 from bitfit.errors import UsageError
@@ -81,6 +81,31 @@ def test_long_contexts_slide_and_the_answer_keeps_its_characters():
         for begin, end in f.offsets[f.offsets[:, 0] >= 0]:
             seen |= set(range(begin, end))
     assert all(i in seen for i, c in enumerate(context) if c != " ")
+
+
+def test_windows_are_as_long_as_they_may_be_and_overlap_by_the_stride():
+    context = " ".join(WORDS[i % len(WORDS)] for i in range(700))
+    at = context.index(" ", len(context) // 2) + 1
+    answer = context[at : context.index(" ", at)]
+    example = SpanExample("what bike", context, ((at, answer),))
+    items = make_features(TOKENIZER, SPAN, [example], 384).items
+    assert [len(f) for f in items[:-1]] == [384] * (len(items) - 1)
+    tokens = [np.flatnonzero(f.offsets[:, 0] >= 0) for f in items]
+    firsts = [f.offsets[t[0], 0] for f, t in zip(items, tokens, strict=True)]
+    for f, t, following in zip(items, tokens, firsts[1:], strict=False):
+        assert (f.offsets[t, 0] >= following).sum() == 128
+    # the windows that hold the answer whole are labelled with it, all others with [CLS]
+    for f in items:
+        inside = np.flatnonzero(f.offsets[:, 0] == at)
+        assert f.label == ((inside[0], inside[0]) if len(inside) else (0, 0))
+    assert (0, 0) in [f.label for f in items]
+
+
+def test_an_answer_that_a_window_cuts_is_none_of_its():
+    context = " ".join(["the bike"] * 60)
+    example = SpanExample("what", context, ((0, context),))
+    items = make_features(TOKENIZER, SPAN, [example], 90).items
+    assert [f.label for f in items] == [(0, 0)] * len(items)
 
 
 def test_a_long_question_is_cut_and_the_context_stays():

@@ -494,7 +494,7 @@ def test_predict_refuses_what_cannot_be_meant(
         (("no.safetensors", "x"), 1, "no.safetensors"),
         (("x",), 2, "does not end in .safetensors"),
         ((file, "x", "--input", "y.txt"), 2, "--input"),
-        ((file, "x", "--format", "xml"), 2, "text, jsonl, glue"),
+        ((file, "x", "--format", "xml"), 2, "text, jsonl, glue, squad"),
         ((file, "x", "--min-confidence", 2), 2, "expected 0 to 1"),
         ((file, "--format", "glue", "--data", tmp_path), 2, "none of GLUE's"),
         ((file, "x", "--data", tmp_path), 2, "--format glue"),
@@ -609,6 +609,91 @@ def test_glue_from_training_to_the_servers_files(tmp_path: Path, base: str, run:
     assert all(0 <= value <= 5 for value in values)
 
 
+def test_several_task_files_of_glue_make_one_submission(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data = write_glue(tmp_path / "glue_data")
+    files = [tmp_path / f"{name}.bitfit.safetensors" for name in ("one", "two")]
+    for task, file in zip(("mrpc", "stsb"), files, strict=True):
+        assert run("train", "--base", base, "--task", task, "--name", "same", "--data", tmp_path,
+                   "--out", file, "--method", "frozen", "--epochs", 1)[0] == 0  # fmt: skip
+    arguments = ("predict", *files, "--base", base, "--format", "glue", "--data", data)
+    for wrong in ((), ("-o", tmp_path / "x.zip")):
+        code, _, err = run(*arguments, *wrong)
+        assert (code, "2 test files" in err) == (2, True), err
+    code, out, err = run(*arguments, "-o", tmp_path / "send")
+    assert (code, out) == (0, ""), err
+    found = sorted(path.name for path in (tmp_path / "send").iterdir())
+    assert found == ["MRPC.tsv", "STS-B.tsv", "submission.zip"]
+    for expected in (
+        f"wrote MRPC.tsv: 2 answers, {files[0]}",
+        "without RTE.tsv: no task file of rte",
+        "without WNLI.tsv: no test file WNLI/test.tsv",
+    ):
+        assert expected in err
+    alone = run("predict", files[0], "--base", base, "--format", "glue", "--data", data)[1]
+    assert (tmp_path / "send" / "MRPC.tsv").read_text() == alone
+
+
+# ------------------------------------------------------------------ squad
+
+
+def test_squads_answers_go_by_the_questions_ids(tmp_path: Path, base: str, run: Run) -> None:
+    contexts = ["the red bike is fast", "we want money back " + "now please " * 60]
+    paragraphs = [
+        {"context": context, "qas": [
+            {"id": f"q{i}{j}", "question": "what", "answers": [{"text": word, "answer_start": at}]}
+            for j, (word, at) in enumerate([(context.split()[1], context.index(" ") + 1)] * 2)
+        ]}
+        for i, context in enumerate(contexts)
+    ]  # fmt: skip
+    folder = tmp_path / "squad"
+    folder.mkdir()
+    for split in ("train", "dev"):
+        path = folder / f"{split}-v1.1.json"
+        path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    file, answers = tmp_path / "mine.bitfit.safetensors", tmp_path / "answers.json"
+    code, _, err = run("train", "--base", base, "--task", "squad", "--data", tmp_path, "--out",
+                       file, "--max-length", 90, *QUICK)  # fmt: skip
+    assert code == 0, err
+    arguments = ("predict", file, "--base", base, "--format", "squad")
+    code, out, err = run(*arguments, "--data", tmp_path, "-o", answers)
+    assert (code, out) == (0, ""), err
+    assert "4 answers" in err
+    found = json.loads(answers.read_text())
+    assert list(found) == ["q00", "q01", "q10", "q11"]
+    for name, answer in found.items():
+        assert answer in contexts[int(name[1])]
+    # the answers are those that eval scores
+    _, out, _ = run("eval", file, "--base", base, "--data", tmp_path, "--json")
+    right = [found[f"q{i}{j}"] == contexts[i].split()[1] for i in (0, 1) for j in (0, 1)]
+    assert json.loads(out)["scores"]["exact_match"] == sum(right) / 4
+    # a file may lack the answers; ids it may not
+    for paragraph in paragraphs:
+        for question in paragraph["qas"]:
+            del question["answers"]
+    secret = tmp_path / "secret.json"
+    secret.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    assert json.loads(run(*arguments, "--data", secret)[1]) == found
+    paragraphs[1]["qas"][0]["id"] = "q00"
+    secret.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    code, _, err = run(*arguments, "--data", secret)
+    assert (code, "q00 is there twice" in err) == (1, True)
+    before = secret.read_text()
+    code, _, err = run(*arguments, "--data", secret, "-o", secret)
+    assert (code, "holds the questions" in err) == (2, True)
+    assert secret.read_text() == before
+
+
+def test_squads_format_is_for_one_file_of_spans(
+    trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
+) -> None:
+    code, _, err = run("predict", trained[0], "--format", "squad", "--data", tmp_path)
+    assert (code, "of the kind span" in err) == (2, True)
+    code, _, err = run("predict", trained[0], "--format", "squad")
+    assert (code, "--data" in err) == (2, True)
+
+
 # ------------------------------------------------------------------ inspect, diff, doctor, tasks
 
 
@@ -721,6 +806,7 @@ def test_tasks_lists_what_is_built_in(run: Run) -> None:
     _, out, _ = run("tasks", "--json")
     mnli = next(t for t in json.loads(out)["tasks"] if t["name"] == "mnli")
     assert mnli["files"]["dev_mismatched"] == "dev_mismatched.tsv"
+    assert mnli["files"]["test_diagnostic"] == "../AX/AX.tsv"
 
 
 # ------------------------------------------------------------------ help, errors, imports
@@ -971,6 +1057,41 @@ def test_eval_finds_the_held_out_rows_whatever_seed_chose_them(
     assert report["rows"] == outcome.to_json()["rows"]["dev"] == 12
     assert report["scores"] == outcome.file.scores
     assert scored == [list(outcome.dataset.splits["dev"])]
+
+
+def test_two_seeds_train_on_the_same_rows_where_the_data_has_a_seed(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data = write_rows(tmp_path / "moods.csv")
+    columns = ("--data", data, "--text", "body", "--label", "mood", "--base", base, "--limit", 10)
+    recipes = []
+    for name, seeds in {
+        "a": ("--seed", 1), "b": ("--seed", 2, "--data-seed", 1), "c": ("--seed", 2),
+    }.items():  # fmt: skip
+        code, _, err = run("train", *columns, *seeds, "--out", tmp_path / name, *QUICK)
+        assert code == 0, err
+        recipes.append(bitfit.TaskFile.load(tmp_path / name))
+    assert recipes[0].data_hash == recipes[1].data_hash != recipes[2].data_hash
+    assert [file.recipe["dev_seed"] for file in recipes] == [1, 1, 2]
+
+
+def test_an_adapter_is_trained_by_command_beside_its_name(
+    tmp_path: Path, base: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "moods.csv")
+    columns = ("--data", "moods.csv", "--text", "body", "--label", "mood", "--base", base)
+    code, text, err = run("train", *columns, "--method", "peft:lora", *QUICK, "--json")
+    assert code == 0, err
+    report = json.loads(text)
+    assert (report["method"], report["file"]) == ("peft:lora", "moods.lora.safetensors")
+    assert (tmp_path / "moods.lora.safetensors").stat().st_size == report["file_bytes"]
+    assert not list(tmp_path.glob("*.checkpoint"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, _, err = run("train", *columns, "--method", "peft:lora", *QUICK)
+    assert code == 2
+    assert "pip install 'bitfit[peft]'" in err
 
 
 def test_training_and_eval_agree_on_the_split_that_was_chosen(

@@ -99,6 +99,15 @@ def test_one_split_needs_no_train(tmp_path: Path) -> None:
         read(tmp_path, "wnli", splits=("dev", "test"))
 
 
+def test_glue_is_found_in_its_folder_below_the_data_too(tmp_path: Path) -> None:
+    text = "index\tsentence1\tsentence2\tlabel\n0\t{}\tb\t1\n"
+    write(tmp_path / "glue_data/WNLI/train.tsv", text.format("below"))
+    for data in (tmp_path, tmp_path / "glue_data", tmp_path / "glue_data/WNLI"):
+        assert read(data, "wnli").splits["train"][0].text == "below"
+    write(tmp_path / "WNLI/train.tsv", text.format("nearer"))
+    assert read(tmp_path, "wnli").splits["train"][0].text == "nearer"
+
+
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     write(tmp_path / "RTE/train.tsv", "index\tsentence1\tsentence_2\tlabel\n0\ta\tb\tentailment\n")
     with pytest.raises(UsageError, match=r'no column "sentence2"\. Did you mean "sentence_2"'):

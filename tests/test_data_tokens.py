@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bitfit.data import DataConfig, Dataset, read_dataset
 from bitfit.errors import DataError, UsageError
+from bitfit.tasks import BUILTIN_TASKS, builtin_task
 
 CONLLU = """\
 # sent_id = a-1
@@ -179,6 +180,52 @@ def test_the_sections_of_the_journal_make_the_splits(tmp_path: Path) -> None:
     data = read(tmp_path)
     words = {split: [e.words[0] for e in part] for split, part in data.splits.items()}
     assert words == {"train": ["s0", "s18"], "dev": ["s19", "s21"], "test": ["s22", "s24"]}
+
+
+def test_builtin_tagging_tasks_take_their_labels_from_the_data(tmp_path: Path) -> None:
+    for split in ("train", "dev", "test"):
+        write(tmp_path / f"ud_ewt/any-{split}.conllu", CONLLU)
+    for section in (0, 18, 19, 21, 22, 24):
+        write(
+            tmp_path / f"ptb/wsj/{section:02}/wsj_{section:02}01.mrg",
+            f"( (S (NN s{section}) (. .)))",
+        )
+    ewt = read(tmp_path, task="ud_ewt")
+    assert ewt.task.name == "ud_ewt"
+    assert ewt.task.labels == ("PRP", "RB", "UH", "VB", "VBP")
+    assert list(ewt.splits) == ["train", "dev", "test"]
+    assert read(tmp_path / "ud_ewt", task="UD-EWT").splits == ewt.splits
+    assert read(tmp_path, task="ud_ewt", token_column="upos").task.labels[0] == "AUX"
+    ptb = read(tmp_path, task="ptb")
+    assert (ptb.task.name, ptb.task.labels) == ("ptb", (".", "NN"))
+    words = {split: [e.words[0] for e in part] for split, part in ptb.splits.items()}
+    assert words == {"train": ["s0", "s18"], "dev": ["s19", "s21"], "test": ["s22", "s24"]}
+    # one split alone: the labels come from train, or are given
+    assert list(read(tmp_path, task="ud_ewt", splits=("dev",)).splits) == ["dev"]
+    only = read(tmp_path / "ud_ewt/any-dev.conllu", task="ud_ewt", splits=("dev",),
+                labels=ewt.task.labels)  # fmt: skip
+    assert only.splits["dev"] == ewt.splits["dev"]
+
+
+def test_builtin_tagging_tasks_are_of_no_other_kind_or_format(tmp_path: Path) -> None:
+    write(tmp_path / "train.conllu", CONLLU)
+    with pytest.raises(UsageError, match="task 'ud_ewt' is tokens, not classification"):
+        read(tmp_path, task="ud_ewt", kind="classification")
+    with pytest.raises(UsageError, match="conllu files are of the kind tokens"):
+        read(tmp_path / "train.conllu", task="mrpc")
+    with pytest.raises(DataError, match="no files such as"):
+        read(tmp_path, task="ptb")
+
+
+def test_the_usual_tags_are_the_treebanks_forty_five() -> None:
+    assert len(builtin_task("ptb").task.labels) == 45
+
+
+def test_the_real_tags_are_the_usual_ones(real_data: Callable[..., Path]) -> None:
+    real_data("ud_ewt")
+    data = read(real_data(), task="ud_ewt")
+    assert [len(part) for part in data.splits.values()] == [12544, 2001, 2077]
+    assert set(data.task.labels) <= set(BUILTIN_TASKS["ud_ewt"].task.labels)
 
 
 @pytest.mark.parametrize(("column", "tags"), [("xpos", 49), ("upos", 17)], ids=["xpos", "upos"])

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     AutoConfig,
     BertForQuestionAnswering,
@@ -13,7 +15,16 @@ from transformers import (
 from bitfit.bank import Layout
 from bitfit.batches import Feature, make_features, pack
 from bitfit.errors import UsageError
-from bitfit.heads import Head, batch_loss, best_span, head_logits, make_head, read_predictions
+from bitfit.heads import (
+    MAX_ANSWER_TOKENS,
+    N_BEST,
+    Head,
+    batch_loss,
+    best_span,
+    head_logits,
+    make_head,
+    read_predictions,
+)
 from bitfit.inference import TaskHead, compute_logits, head_inputs
 from bitfit.tasks import SpanExample, Task, TextExample, TokenExample
 
@@ -196,6 +207,67 @@ def test_the_best_span_is_in_the_context_and_in_order(open_tiny):
     assert score == 17
     # a whole sentence of equal logits gives something, not a crash
     assert read_predictions(SPAN, [example], [feature], [rows * 0]) != [""]
+
+
+def window(length, question=3, example=0):
+    """A window of ``length`` context tokens of four characters behind a question."""
+    offsets = np.full((question + length + 1, 2), -1)
+    begins = np.arange(length) * 5
+    offsets[question:-1] = np.stack([begins, begins + 4], axis=1)
+    ids = np.zeros(len(offsets), np.int64)
+    return Feature(ids, ids, example, offsets=offsets)
+
+
+def best_span_by_loops(feature, rows):
+    """The standard evaluation as it is usually told: two loops over the n best."""
+    inside = [i for i, (begin, _) in enumerate(feature.offsets) if begin >= 0]
+    starts, ends = (sorted(inside, key=lambda i: (-rows[i, k], i))[:N_BEST] for k in (0, 1))
+    best = (-np.inf, 0, 0)
+    for start in starts:
+        for end in ends:
+            score = float(rows[start, 0] + rows[end, 1])
+            if start <= end and end - start + 1 <= MAX_ANSWER_TOKENS and score > best[0]:
+                best = (score, int(feature.offsets[start, 0]), int(feature.offsets[end, 1]))
+    return best
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 60),
+    st.integers(0, 5),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1, 3, 1000]),  # few different logits: many ties
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_the_best_span_is_that_of_the_double_loop(length, question, seed, values, infinite):
+    feature = window(length, question)
+    random = np.random.default_rng(seed)
+    rows = random.integers(0, values, (len(feature), 2)).astype(np.float32) / 7
+    rows[random.random(rows.shape) < infinite] = -np.inf
+    assert best_span(feature, rows) == best_span_by_loops(feature, rows)
+
+
+def test_an_answer_has_at_most_thirty_tokens_and_comes_from_the_twenty_best():
+    feature = window(100, question=0)
+    rows = np.zeros((101, 2), np.float32)
+    rows[10, 0], rows[40, 1], rows[39, 1] = 9, 9, 5  # tokens 10 to 39 are thirty
+    assert best_span(feature, rows) == (14, 50, 39 * 5 + 4)
+    # twenty better starts behind every good end: token 10 is not looked at any more
+    rows[60:80, 0] = 20
+    assert best_span(feature, rows) == (-np.inf, 0, 0)
+
+
+def test_the_answer_of_a_long_context_is_the_best_of_all_its_windows():
+    example = SpanExample("what", "".join(f"{i:04} " for i in range(40)))
+    other = SpanExample("what", "zero")
+    features = [window(40), window(4, example=1), window(40)]
+    rows = [np.zeros((len(f), 2), np.float32) for f in features]
+    rows[0][5] = 3, 3
+    rows[1][3] = 1, 1
+    rows[2][9] = 4, 4
+    # [CLS] and the question never answer, however high they score
+    rows[2][0] = 50, 50
+    assert read_predictions(SPAN, [example, other], features, rows) == ["0006", "zero"]
 
 
 def test_pooling_that_the_base_lacks_is_refused(open_tiny):

@@ -165,6 +165,61 @@ def test_squad_scores_by_hand(prediction: str, answer: str, f1: float, exact: fl
     assert squad_exact_match(prediction, answer) == exact
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answer", "f1", "exact"),
+    [
+        # articles go wherever they stand, alone: "a" of "Ana" and "an" of "anthem" stay
+        ("Ana sang an anthem", "ana sang the anthem", 1.0, 1.0),
+        ("the the the cat", "cat", 1.0, 1.0),
+        # punctuation goes before articles, so "a.m." is "am" and no article is left; "the-end" and
+        # "U.S." become one word each
+        ("at 9 a.m.", "at 9 am", 1.0, 1.0),
+        ("the-end", "the end", 0.0, 0.0),
+        ("U.S.", "us", 1.0, 1.0),
+        ("$1,000", "1000", 1.0, 1.0),
+        # only ASCII punctuation goes: the dash stays in its word, the apostrophe is another one
+        ("1990–95", "1990-95", 0.0, 0.0),
+        ("the king’s men", "king's men", 2 * 1 / (2 + 2), 0.0),
+        # letters of other scripts are lower-cased, not unaccented; an article is one between
+        # word boundaries, which accents are no part of
+        ("ÉCOLE Normale", "école normale", 1.0, 1.0),
+        ("ecole normale", "école normale", 0.5, 0.0),
+        ("à la carte", "la carte", 2 * 2 / (3 + 2), 0.0),
+        # white space of any kind is one blank
+        ("two\u00a0 words\t", "two words", 1.0, 1.0),
+        # shared words count as often as both have them: 2 of 3 and 2 of 4
+        ("new new york", "new york new jersey", 2 * 3 / (3 + 4), 0.0),
+        ("new new new", "new york new jersey", 2 * 2 / (3 + 4), 0.0),
+        # words in another order share all, and are not the same answer
+        ("york new", "new york", 1.0, 0.0),
+        # nothing said
+        ("", "york", 0.0, 0.0),
+        ("", "the", 0.0, 1.0),
+    ],
+)
+def test_squad_scores_of_articles_punctuation_and_other_scripts_by_hand(
+    prediction: str, answer: str, f1: float, exact: float
+) -> None:
+    assert squad_f1(prediction, answer) == pytest.approx(f1)
+    assert squad_exact_match(prediction, answer) == exact
+
+
+def test_squad_scores_of_a_small_set_by_hand() -> None:
+    references = [
+        [(177, "Denver Broncos"), (177, "The Denver Broncos"), (184, "Broncos")],
+        [(403, "Santa Clara, California"), (355, "Levi's Stadium")],
+        [(0, "gold"), (0, "gold"), (9, "the color gold")],
+        [(5, "February 7, 2016"), (5, "February 7")],
+        [(1, "24–10")],
+    ]
+    predictions = ["broncos", "Levi's Stadium in Santa Clara", "", "on February 7", None]
+    # 1: the third answer, whole. 2: the second, 2 of 5 and of 2 words: 4/7, the first, 2 of 5
+    # and of 3: 4/8. 3: said nothing. 4: 2 of 3 and of 2 words: 4/5. 5: not answered, which counts.
+    scores = compute_metrics(task("span"), predictions, references)
+    assert scores["exact_match"] == pytest.approx(1 / 5)
+    assert scores["f1"] == pytest.approx((1 + 4 / 7 + 0 + 4 / 5 + 0) / 5)
+
+
 def test_squad_takes_the_best_answer_and_scores_a_missing_one_zero() -> None:
     references = [((0, "red"), (9, "dark red")), ((3, "blue"),)]
     scores = compute_metrics(task("span"), ["dark red", None], references)

@@ -20,6 +20,7 @@ LAYERS = (
     {"model", "tuned"},
     {"training"},
     {"plots", "doctor", "demo", "bench"},
+    {"experiments"},
     {"cli", "__main__"},
 )
 

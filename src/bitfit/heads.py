@@ -259,16 +259,19 @@ def _read_spans(
 def best_span(feature: Feature, rows: NDArray[np.float32]) -> tuple[float, int, int]:
     """Return (score, first character, end character) of a window's best answer.
 
-    The score is the sum of the two logits, over the :data:`N_BEST` best starts and ends.
+    The score is the sum of the two logits, over the :data:`N_BEST` best starts and ends among the
+    context's tokens; minus infinity where no start has an end. Of equal scores the one with the
+    better start counts, then the one with the better end.
     """
     assert feature.offsets is not None
-    in_context = feature.offsets[:, 0] >= 0
-    scores = np.where(in_context[:, None], rows, -np.inf)
-    starts, ends = (np.argsort(-scores[:, i], kind="stable")[:N_BEST] for i in (0, 1))
-    best = (-np.inf, 0, 0)
-    for start in starts:
-        for end in ends:
-            score = float(scores[start, 0] + scores[end, 1])
-            if start <= end < start + MAX_ANSWER_TOKENS and score > best[0]:
-                best = (score, int(feature.offsets[start, 0]), int(feature.offsets[end, 1]))
-    return best
+    context = np.flatnonzero(feature.offsets[:, 0] >= 0)
+    starts, ends = (context[np.argsort(-rows[context, i], kind="stable")[:N_BEST]] for i in (0, 1))
+    scores = rows[starts, 0][:, None] + rows[ends, 1]
+    length = ends - starts[:, None] + 1
+    # Written so that NaN, which no comparison lets through, is out too.
+    is_answer = (length >= 1) & (length <= MAX_ANSWER_TOKENS) & (scores > -np.inf)
+    if not is_answer.any():
+        return -np.inf, 0, 0
+    start, end = np.unravel_index(np.where(is_answer, scores, -np.inf).argmax(), scores.shape)
+    first, last = feature.offsets[starts[start], 0], feature.offsets[ends[end], 1]
+    return float(scores[start, end]), int(first), int(last)

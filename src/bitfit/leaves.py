@@ -157,11 +157,12 @@ class _AddByRow(torch.autograd.Function):
         return grad, ctx.index.sum_by_row(grad.flatten(0, -2)) if needed else None, None
 
 
-class BankedLinear(nn.Module):
+class BankedLinear(nn.Linear):
     """A Linear that adds ``bias + shift``, summed in fp32, with the shift of each token's row."""
 
     def __init__(self, linear: nn.Linear, path: str, state: ForwardState) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # Linear's own would make a matrix
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.path, self.state = path, state
 

@@ -32,7 +32,7 @@ from bitfit.storage import (
     read_header,
     read_tensors,
 )
-from bitfit.tasks import DEFAULT_METRICS, Task
+from bitfit.tasks import BUILTIN_TASKS, DEFAULT_METRICS, BuiltinTask, Task
 
 FORMAT = 1
 KEY = "bitfit"
@@ -123,6 +123,15 @@ class TaskFile:
     def score(self) -> float:
         """The headline score, NaN if there is none."""
         return self.scores.get(self.task.metric, math.nan)
+
+    @property
+    def builtin(self) -> BuiltinTask | None:
+        """The built-in task that the file was made for, if it was, whatever its name is."""
+        # Files of 0.1.0 do not say it: they are known by the task's own name only.
+        found = BUILTIN_TASKS.get(str(self.recipe.get("builtin_task", self.task.name)))
+        if found is None or found.task.kind != self.task.kind:
+            return None
+        return found if found.open_labels or found.task.labels == self.task.labels else None
 
     def save(self, path: str | Path, dtype: StorageType = "fp32") -> None:
         """Write the file at once or not at all; see :meth:`to_bytes`.

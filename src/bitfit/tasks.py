@@ -114,6 +114,18 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtraSplit:
+    """A split that a built-in task has beside train, dev and test."""
+
+    name: str
+    """What it is called: ``dev_mismatched``, ``test_mismatched``, ``test_diagnostic``."""
+    files: tuple[str, ...]
+    """Where it lies, from the task's folder: the first that is there is read."""
+    submission: str = ""
+    """File name that the GLUE server expects; empty: it asks for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuiltinTask:
     """A :class:`Task` that is known by name, with where its files lie and what they hold."""
 
@@ -124,8 +136,10 @@ class BuiltinTask:
     """Which reader takes its files."""
     folder: str
     """The folder below the data directory."""
+    open_labels: bool = False
+    """Whether the data says what the labels are; those of ``task`` are then what is usual."""
     train: str = "train.tsv"
-    """File of the training split."""
+    """File of the training split (of the Penn Treebank its sections)."""
     dev: str = "dev.tsv"
     """File of the development split (MNLI: the matched one)."""
     test: str = "test.tsv"
@@ -138,8 +152,8 @@ class BuiltinTask:
     """Column of the answer in train and dev."""
     submission: str = ""
     """File name that the GLUE server expects."""
-    extra_splits: tuple[tuple[str, str, str], ...] = ()
-    """More splits: (name, file, file name that the GLUE server expects)."""
+    extra_splits: tuple[ExtraSplit, ...] = ()
+    """More splits than train, dev and test."""
 
 
 def _glue(
@@ -163,6 +177,11 @@ def _glue(
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
+# The 45 tags of the Penn Treebank (Marcus et al. 1993), sorted as the readers sort labels.
+_PENN_TAGS = tuple(sorted((
+    "CC CD DT EX FW IN JJ JJR JJS LS MD NN NNS NNP NNPS PDT POS PRP PRP$ RB RBR RBS RP SYM TO UH "
+    "VB VBD VBG VBN VBP VBZ WDT WP WP$ WRB # $ . , : ( ) `` ''"
+).split()))  # fmt: skip
 
 # Labels as they stand in the official files; metrics as in the paper's Table 5, first the headline.
 BUILTIN_TASKS: dict[str, BuiltinTask] = {
@@ -186,8 +205,14 @@ BUILTIN_TASKS: dict[str, BuiltinTask] = {
             title="Multi-Genre Natural Language Inference", layout="glue", folder="MNLI",
             dev="dev_matched.tsv", test="test_matched.tsv", text="sentence1",
             text_pair="sentence2", label="gold_label", submission="MNLI-m.tsv",
-            extra_splits=(("dev_mismatched", "dev_mismatched.tsv", ""),
-                          ("test_mismatched", "test_mismatched.tsv", "MNLI-mm.tsv")),
+            extra_splits=(
+                ExtraSplit(name="dev_mismatched", files=("dev_mismatched.tsv",)),
+                ExtraSplit(name="test_mismatched", files=("test_mismatched.tsv",),
+                           submission="MNLI-mm.tsv"),
+                # GLUE's diagnostic set: two download scripts, two places.
+                ExtraSplit(name="test_diagnostic", submission="AX.tsv",
+                           files=("../AX/AX.tsv", "../diagnostic/diagnostic.tsv")),
+            ),
         ),
         _glue("qnli", "Question Natural Language Inference", "QNLI", _ENTAILMENT,
               ("accuracy",), "QNLI.tsv", text="question", text_pair="sentence"),
@@ -200,6 +225,20 @@ BUILTIN_TASKS: dict[str, BuiltinTask] = {
             title="SQuAD v1.1 question answering", layout="squad", folder="squad",
             train="train-v1.1.json", dev="dev-v1.1.json", test="",
         ),
+        BuiltinTask(
+            task=Task(name="ptb", kind="tokens", labels=_PENN_TAGS), open_labels=True,
+            title="Penn Treebank, part of speech", layout="ptb", folder="ptb",
+            train="sections 00-18", dev="sections 19-21", test="sections 22-24",
+        ),
+        BuiltinTask(
+            task=Task(name="ud_ewt", kind="tokens", labels=tuple(sorted(
+                {*_PENN_TAGS, "-LRB-", "-RRB-", "ADD", "AFX", "GW", "HYPH", "NFP", "XX"}
+                - {"#", "(", ")"}
+            ))), open_labels=True,
+            title="UD English Web Treebank, part of speech (XPOS)", layout="conllu",
+            folder="ud_ewt", train="en_ewt-ud-train.conllu", dev="en_ewt-ud-dev.conllu",
+            test="en_ewt-ud-test.conllu",
+        ),
     )
 }  # fmt: skip
 
@@ -210,11 +249,12 @@ def builtin_task(name: str) -> BuiltinTask:
     Raises:
         UnknownTask: with the nearest names.
     """
+    by_key = {known.replace("_", ""): task for known, task in BUILTIN_TASKS.items()}
     key = name.lower().replace("-", "").replace("_", "")
-    if key in BUILTIN_TASKS:
-        return BUILTIN_TASKS[key]
-    near = difflib.get_close_matches(key, BUILTIN_TASKS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if key in by_key:
+        return by_key[key]
+    near = difflib.get_close_matches(key, by_key, n=1)
+    hint = f" Did you mean {by_key[near[0]].task.name!r}?" if near else ""
     raise UnknownTask(
         f"unknown task {name!r}.{hint} Built in: {', '.join(sorted(BUILTIN_TASKS))}; "
         "for your own data leave --task out and name the columns."

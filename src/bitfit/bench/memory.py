@@ -70,10 +70,17 @@ def measure_peak(build: Callable[[], Run], device: torch.device) -> int:
     """Return the bytes of two steps above what is there after ``build``."""
     run = build()
     _settle(run)
-    before = _start(device)
+    before = start_peak(device)
     for _ in range(2):
         run.step(0)
-    return max(0, _peak(device) - before)
+    return max(0, read_peak(device) - before)
+
+
+def give_back() -> None:
+    """Give back to the system what was freed, as far as it can be told to."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _settle(run: Run) -> None:
@@ -83,12 +90,11 @@ def _settle(run: Run) -> None:
             float(parameter.detach().float().sum())
     x = torch.ones(64, 64, requires_grad=True)
     (x @ x).sum().backward()  # the libraries' own buffers
-    gc.collect()
-    with suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back()
 
 
-def _start(device: torch.device) -> int:
+def start_peak(device: torch.device) -> int:
+    """Set the mark to what is held now, and return that in bytes; :func:`is_known` must hold."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -97,7 +103,8 @@ def _start(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def read_peak(device: torch.device) -> int:
+    """Return the most that was held since :func:`start_peak`, in bytes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)

@@ -16,14 +16,24 @@ from typing import Any
 from rich.progress import Progress, TextColumn
 
 from bitfit.cli import console
-from bitfit.cli.scoring import builtin_of, open_model
+from bitfit.cli.scoring import open_model
 from bitfit.data import DataConfig, iter_texts, read_dataset
 from bitfit.errors import DataError, UsageError
+from bitfit.experiments.submission import (
+    HEADER,
+    answer_lines,
+    match_files,
+    read_tests,
+    server_files,
+    write_submission,
+)
 from bitfit.model import Model, Prediction
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import TextExample
 
-FORMATS = ("text", "jsonl", "glue")
+FORMATS = ("text", "jsonl", "glue", "squad")
+OFFICIAL = ("glue", "squad")
+"""Formats of a benchmark: they answer a split of its files and take no texts."""
 CHUNK = 256
 BAR_AFTER_SECONDS = 2.0
 # Inputs of these are tables; of all others a row is a line.
@@ -44,14 +54,17 @@ def predict(given: Mapping[str, Any]) -> None:
         _tell_names(paths, files, names)
         _tell_files_among(texts, given["input"])
     source = _Source(texts, given, dict(zip(names, files, strict=True)))
-    if style != "glue":
+    if style not in OFFICIAL:
         source.begin()  # what is wrong with the input is said before the base is loaded
     model = open_model(
         files, given["base"], dtype=given["dtype"], device=given["device"],
         threads=given["threads"], names=names,
     )  # fmt: skip
+    if style == "squad":
+        return _answer_squad(model, files[0], given)
     if style == "glue":
-        return _submit(model, files[0], given)
+        several = len(files) > 1
+        return _submit_all(model, paths, given) if several else _submit(model, files[0], given)
     chunk = CHUNK
     if source.is_stdin and sys.stdin.isatty():
         chunk = 1
@@ -154,19 +167,28 @@ def _check(
         raise UsageError(f"--min-confidence is {given['min_confidence']}; expected 0 to 1")
     if texts and given["input"] is not None:
         raise UsageError(f"texts as arguments ({texts[0][:40]!r}) and --input: give one of them")
-    if style != "glue":
+    if style not in OFFICIAL:
         if given["data"] is not None:
-            raise UsageError("--data goes with --format glue; --input takes a file of texts")
+            raise UsageError("--data goes with --format glue and squad; --input takes texts")
         return
-    if len(files) != 1 or texts or given["input"] is not None or given["min_confidence"]:
-        raise UsageError("--format glue takes one task file and --data, and always gives a label")
-    builtin = builtin_of(files[0])
-    if builtin is None or not builtin.submission:
-        raise UsageError(f"task {files[0].task.name!r} is none of GLUE's: use --format jsonl")
+    if texts or given["input"] is not None or given["min_confidence"]:
+        raise UsageError(f"--format {style} takes task files and --data, and always answers")
     if given["data"] is None:
-        raise UsageError("--format glue answers a test split: name its folder with --data")
-    if builtin.extra_splits and given["output"] is None:
-        raise UsageError(f"{builtin.task.name} has two test files: name a folder with --output")
+        raise UsageError(f"--format {style} answers a split: name its folder with --data")
+    if style == "glue":
+        return _check_glue(files, given["output"])
+    if len(files) != 1 or files[0].task.kind != "span":
+        raise UsageError("--format squad takes one task file, of the kind span")
+
+
+def _check_glue(files: Sequence[TaskFile], output: Path | None) -> None:
+    """Refuse tasks that are none of GLUE's, and an output that cannot hold the files."""
+    for file in files:
+        if file.builtin is None or not file.builtin.submission:
+            raise UsageError(f"task {file.task.name!r} is none of GLUE's: use --format jsonl")
+    names = [name for file in files if file.builtin for name in server_files(file.builtin)]
+    if len(names) > 1 and (output is None or output.suffix in (".tsv", ".zip")):
+        raise UsageError(f"there are {len(names)} test files to answer: --output names a folder")
 
 
 class _Source:
@@ -309,42 +331,76 @@ class _Count:
 
 
 def _submit(model: Model, file: TaskFile, given: Mapping[str, Any]) -> None:
-    """Answer the test split, or MNLI's two, in the files that the GLUE server takes."""
-    builtin = builtin_of(file)
+    """Answer the test split, or MNLI's, in the files that the GLUE server takes."""
+    builtin = file.builtin
     assert builtin is not None  # _check has seen to it
-    extra = {split: name for split, _, name in builtin.extra_splits if name}
-    names = {"test": builtin.submission, **extra}
-    dataset = read_dataset(
-        DataConfig(data=given["data"], task=builtin.task.name, splits=tuple(names))
-    )
-    if dataset.skipped:
-        raise DataError(
-            f"{dataset.skipped[0]}; the server takes an answer to every row: fetch the file again"
-        )
     output: Path | None = given["output"]
-    if output is not None and output.suffix == ".tsv" and len(names) > 1:
-        raise UsageError(f"{builtin.task.name} has two test files: --output names a folder")
-    for split, name in names.items():
-        examples: Any = dataset.splits[split]
-        single = output is not None and output.suffix == ".tsv"
-        path = output if single or output is None else output / name
-        if path is not None and any(_is_same(path, Path(s)) for s in dataset.sources[split]):
+    single = output is not None and output.suffix == ".tsv"
+    names = server_files(builtin)
+    tests, sources = read_tests(builtin, given["data"])
+    for split, examples in tests.items():
+        path = output if single or output is None else output / names[split]
+        if path is not None and any(_is_same(path, Path(s)) for s in sources[split]):
             raise UsageError(f"--output {path} is the test file: name another place")
         guard = console.to_output() if path is None else nullcontext()
         with guard, _sink(path) as out, _Count(given["quiet"]) as count:
-            out.write("index\tprediction\n")
-            for begin in range(0, len(examples), CHUNK):
-                part = examples[begin : begin + CHUNK]
-                for i, answer in enumerate(model.predict(part), begin):
-                    out.write(f"{examples[i].id or i}\t{_official(answer)}\n")
-                count.add(len(part))
+            out.write(HEADER)
+            for lines in answer_lines(model, examples):
+                out.write("".join(lines))
+                count.add(len(lines))
         if path is not None and not given["quiet"]:
             console.note(f"wrote {path}: {console.count(len(examples), 'answer')}")
 
 
-def _official(answer: Prediction) -> str:
-    """Return an answer as the server takes it: a label of the official files, or 0 to 5."""
-    if answer.value is not None:
-        return f"{min(max(answer.value, 0.0), 5.0):.3f}"
-    assert answer.label is not None
-    return answer.label
+def _submit_all(model: Model, paths: Sequence[Path], given: Mapping[str, Any]) -> None:
+    """Answer the test splits of several tasks, and pack what the GLUE server takes."""
+    with _Count(given["quiet"]) as count:
+        found = write_submission(
+            model, match_files(paths), given["data"], given["output"], partial=True,
+            on_answers=count.add,
+        )  # fmt: skip
+    if given["quiet"]:
+        return
+    for file in found.files:
+        by = f"all {file.constant!r}, the majority of train" if file.source is None else file.source
+        console.note(f"wrote {file.name}: {console.count(file.rows, 'answer')}, {by}")
+    for name, why in found.left_out.items():
+        console.note(f"without {name}: {why}")
+    console.note(f"wrote {found.archive}")
+
+
+# ------------------------------------------------------------------ SQuAD's format
+
+
+def _answer_squad(model: Model, file: TaskFile, given: Mapping[str, Any]) -> None:
+    """Answer a file of questions, or a folder's dev split, as the official script reads answers."""
+    # Of a file that is called a test the answers may be missing.
+    split = "dev" if Path(given["data"]).is_dir() else "test"
+    dataset = read_dataset(
+        DataConfig(
+            data=given["data"],
+            task=file.builtin.task.name if file.builtin else None,
+            kind="span",
+            splits=(split,),
+            dev_fraction=0.0,
+        )
+    )
+    output: Path | None = given["output"]
+    if output is not None and any(_is_same(output, Path(s)) for s in dataset.sources[split]):
+        raise UsageError(f"--output {output} holds the questions: name another place")
+    found: dict[str, str] = {}
+    examples = dataset.splits[split]
+    with _Count(given["quiet"]) as count:
+        for begin in range(0, len(examples), CHUNK):
+            part = examples[begin : begin + CHUNK]
+            for example, answer in zip(part, model.predict(part), strict=True):
+                if example.id is None or example.id in found:
+                    fault = "has no id" if example.id is None else f"{example.id} is there twice"
+                    raise DataError(f"{given['data']}: a question {fault}; answers go by ids")
+                found[example.id] = answer.text
+            count.add(len(part))
+    guard = console.to_output() if output is None else nullcontext()
+    with guard, _sink(output) as out:
+        out.write(json.dumps(found, ensure_ascii=False) + "\n")
+    if output is not None and not given["quiet"]:
+        console.note(f"wrote {output}: {console.count(len(found), 'answer')}")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import bitfit
-from bitfit.cli import bench, console, look, train, use
+from bitfit.cli import bench, console, experiments, look, train, use
 from bitfit.errors import BitfitError
 
 INTERRUPTED = 130
@@ -36,6 +36,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": look.doctor,
     "tasks": look.tasks,
     "demo": look.demo,
+    "sweep": experiments.sweep,
+    "reproduce": experiments.reproduce,
+    "report": experiments.report,
 }
 _BENCH_COMMANDS: dict[str, Callable[..., None]] = {
     "train": bench.train,

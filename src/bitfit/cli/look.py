@@ -84,22 +84,23 @@ def doctor(
 
 def tasks(as_json: options.AsJson = False, debug: options.Debug = False) -> None:
     """List the tasks that are built in, and the files that they are read from."""
+    from bitfit.data.files import split_files
     from bitfit.tasks import BUILTIN_TASKS
 
     rows: list[dict[str, Any]] = []
     for name, built in BUILTIN_TASKS.items():
-        splits = {"train": built.train, "dev": built.dev, "test": built.test}
-        splits |= {split: file for split, file, _ in built.extra_splits}
+        splits = {split: files[0] for split, files in split_files(built).items()}
         rows.append({
             "name": name, "title": built.title, "kind": built.task.kind,
             "labels": list(built.task.labels), "metric": built.task.metric,
             "metrics": list(built.task.metrics), "is_pair": built.task.is_pair,
-            "folder": built.folder, "files": {k: v for k, v in splits.items() if v},
+            "folder": built.folder, "files": splits, "open_labels": built.open_labels,
         })  # fmt: skip
     if as_json:
         return console.print_json({"tasks": rows})
     cells = [
-        (r["name"], r["title"], r["kind"], ", ".join(r["labels"]) or "–", r["metric"],
+        (r["name"], r["title"], r["kind"],
+         "the data's" if r["open_labels"] else ", ".join(r["labels"]) or "–", r["metric"],
          f"{r['folder']}/{r['files']['train']}")
         for r in rows
     ]  # fmt: skip

@@ -144,6 +144,13 @@ DevFraction: TypeAlias = Annotated[
     float,
     typer.Option(help="Share of train held out where there is no dev split.", rich_help_panel=DATA),
 ]
+DataSeed: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="What --limit and the rows held out are drawn from (default: --seed).",
+        rich_help_panel=DATA,
+    ),
+]
 SkipBadRows: TypeAlias = Annotated[
     bool,
     typer.Option(
@@ -170,7 +177,7 @@ LearningRate: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--lr",
-        help="A number, or auto: the paper's four rates, chosen on dev (default: the recipe's).",
+        help="A number, or auto: the method's four rates, chosen on dev (default: the recipe's).",
         rich_help_panel=TRAINING,
     ),
 ]  # fmt: skip
@@ -191,7 +198,7 @@ BatchSize: TypeAlias = Annotated[
 Seed: TypeAlias = Annotated[
     int,
     typer.Option(
-        help="Order of the data, dropout, the head's start, held-out rows.",
+        help="Order of the data, dropout, the head's start, held-out rows (but see --data-seed).",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -206,7 +213,8 @@ Terms: TypeAlias = Annotated[
 Method: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="bitfit, frozen (head only), full, random, released:random, released:row_col.",
+        help="bitfit, frozen (head only), full, random, released:random, released:row_col, "
+        "peft:lora, peft:ia3, peft:layernorm (extra: peft).",
         rich_help_panel=TRAINING,
     ),
 ]
@@ -231,6 +239,13 @@ WarmupRatio: TypeAlias = Annotated[
 MaxGradNorm: TypeAlias = Annotated[
     float | None,
     typer.Option(help="Clip gradients at this norm; 0: never.", rich_help_panel=TRAINING),
+]
+AttentionDropout: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="Dropout on attention probabilities; by default the base's own.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 ClassWeights: TypeAlias = Annotated[
     str | None,

@@ -12,12 +12,13 @@ import torch
 
 from bitfit.cli import console, options
 from bitfit.data import DataConfig, dataset_hash, hold_out, read_dataset, take_limit
+from bitfit.data.files import find_files
 from bitfit.encoder import DTYPES, open_encoder
 from bitfit.errors import BaseModelError, UsageError
 from bitfit.metrics import majority_score
 from bitfit.model import Model
 from bitfit.taskfile import TaskFile
-from bitfit.tasks import BUILTIN_TASKS, BuiltinTask, Example, references
+from bitfit.tasks import Example, references
 
 
 def open_model(
@@ -60,16 +61,6 @@ def trained_dtype(file: TaskFile, dtype: str) -> str:
     return known.get(str(file.recipe.get("dtype")), "auto")
 
 
-def builtin_of(file: TaskFile) -> BuiltinTask | None:
-    """Return the built-in task that a file was made for, if it was, whatever its name is."""
-    # Files of 0.1.0 do not say it: they are known by the task's own name only.
-    found = BUILTIN_TASKS.get(str(file.recipe.get("builtin_task", file.task.name)))
-    same = found is not None and (found.task.kind, found.task.labels) == (
-        file.task.kind, file.task.labels,
-    )  # fmt: skip
-    return found if same else None
-
-
 def evaluate(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores of a task file on a split of some data."""
     began = time.perf_counter()
@@ -99,7 +90,7 @@ def evaluate(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _data_config(file: TaskFile, given: Mapping[str, Any]) -> DataConfig:
     """The same data as in training: the file knows the task, the labels and what was held out."""
-    builtin, recipe = builtin_of(file), file.recipe
+    builtin, recipe = file.builtin, file.recipe
     # Files of 0.1.0 have no dev_seed: the seed of the training stands in for it.
     seeds = (recipe.get(name) for name in ("dev_seed", "seed"))
     own: dict[str, Any] = {"seed": next((seed for seed in seeds if isinstance(seed, int)), 0)}
@@ -111,12 +102,14 @@ def _data_config(file: TaskFile, given: Mapping[str, Any]) -> DataConfig:
         own["train_split"] = recipe["train_split"]
     if given["task"] is None and builtin is not None:
         own["task"] = builtin.task.name
+        if builtin.open_labels:
+            own["labels"] = file.task.labels
     elif given["task"] is None:
         own |= {"kind": file.task.kind, "labels": file.task.labels or None}
     split = given["split"]
-    extra = builtin is not None and builtin.extra_splits and split == "dev"
     found = options.data_config(given, **own, splits=(split,))
-    if extra and (Path(found.data) / builtin.folder / "dev_mismatched.tsv").is_file():  # type: ignore[union-attr]
+    extra = found.builtin is not None and found.builtin.extra_splits and split == "dev"
+    if extra and Path(found.data).is_dir() and "dev_mismatched" in find_files(found).files:
         own["splits"] = ("dev", "dev_mismatched")
         found = options.data_config(given, **own)
     return found

@@ -21,14 +21,14 @@ from bitfit.errors import BitfitError, MissingExtra
 from bitfit.training.finetune import DataRead, Event, RunStarted, finetune
 from bitfit.training.lane import Lane
 from bitfit.training.outputs import MIN_CALIBRATION_ROWS, Outcome
-from bitfit.training.settings import ROW_METHODS
+from bitfit.training.settings import PEFT_METHODS, ROW_METHODS
 from bitfit.training.train import EpochDone, StepDone
 
 # What finetune takes beside the data, under the same names as the options.
 _PASSED_ON = (
     "name recipe storage dtype device threads low_memory resume train_score licence description "
-    "epochs batch_size seed terms method max_length pooling schedule warmup_ratio max_grad_norm "
-    "class_weights keep patience revision trust_remote_code"
+    "epochs batch_size seed data_seed terms method max_length pooling schedule warmup_ratio "
+    "max_grad_norm attention_dropout class_weights keep patience revision trust_remote_code"
 ).split()
 
 
@@ -65,6 +65,8 @@ def _default_out(config: DataConfig, given: Mapping[str, Any]) -> Path:
     method = given["method"] or "bitfit"
     if method in ROW_METHODS:
         return Path(f"{name}.bitfit.safetensors")
+    if method in PEFT_METHODS:
+        return Path(f"{name}.{method.partition(':')[2]}.safetensors")
     return Path(f"{name}-full" if method == "full" else f"{name}.random.safetensors")
 
 

@@ -20,7 +20,7 @@ def evaluate(
     split: Annotated[
         str,
         typer.Option(
-            help="train, dev, dev_mismatched, test or test_mismatched.",
+            help="train, dev, dev_mismatched, test, test_mismatched or test_diagnostic.",
             rich_help_panel=options.DATA,
         ),
     ] = "dev",
@@ -76,14 +76,16 @@ def predict(
     data: Annotated[
         str | None,
         typer.Option(
-            help="With --format glue: the folder whose test split is answered.",
+            help="With --format glue the folder whose test split is answered; with squad a "
+            "folder or file of questions.",
             rich_help_panel=options.DATA,
         ),
     ] = None,
     format: Annotated[
         str,
         typer.Option(
-            help="text, jsonl, or glue: the GLUE server's files.", rich_help_panel=options.REPORT
+            help="text, jsonl, glue: the GLUE server's files, squad: SQuAD's JSON of answers.",
+            rich_help_panel=options.REPORT,
         ),
     ] = "text",
     output: Annotated[

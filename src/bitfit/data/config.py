@@ -15,7 +15,7 @@ Format = Literal[
     "auto", "glue", "csv", "tsv", "jsonl", "parquet", "conllu", "conll", "ptb", "squad", "hub"
 ]
 FORMATS: tuple[str, ...] = get_args(Format)
-SPLITS = ("train", "dev", "dev_mismatched", "test", "test_mismatched")
+SPLITS = ("train", "dev", "dev_mismatched", "test", "test_mismatched", "test_diagnostic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class Dataset:
 
     task: Task
     splits: Mapping[str, Sequence[Example]]
-    """``train``, ``dev``, ``test``; MNLI also ``dev_mismatched`` and ``test_mismatched``."""
+    """``train``, ``dev``, ``test``; MNLI also ``dev_mismatched``, ``test_mismatched`` and, of
+    GLUE's diagnostic set, ``test_diagnostic``."""
     skipped: Sequence[BadRow] = ()
     """Rows left out: on request, or because they are known to be broken in the official files."""
     sources: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -122,7 +123,9 @@ class DataConfig:
         builtin = self.builtin
         if builtin is not None and self.kind not in (None, builtin.task.kind):
             raise UsageError(f"task {self.task!r} is {builtin.task.kind}, not {self.kind}")
-        if builtin is not None and self.labels not in (None, builtin.task.labels):
+        if builtin is None or builtin.open_labels:
+            return
+        if self.labels not in (None, builtin.task.labels):
             raise UsageError(f"task {self.task!r} has the labels {', '.join(builtin.task.labels)}")
 
     def _check_numbers(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitfit.data.config import DataConfig
@@ -64,7 +65,7 @@ def find_files(config: DataConfig) -> Layout:
     if data.is_file():
         layout = Layout(_file_format(data, config), _single_file(data, config), str(data.parent))
     elif builtin is not None and config.format in ("auto", builtin.layout):
-        layout = _builtin_layout(data, builtin)
+        layout = _builtin_layout(data, config, builtin)
     else:
         layout = _folder_layout(data, config)
     files = layout.files
@@ -118,17 +119,34 @@ def _file_format(path: Path, config: DataConfig) -> str:
     )
 
 
-def _builtin_layout(data: Path, builtin: BuiltinTask) -> Layout:
-    """Return the official files, in the task's folder below ``data`` or in ``data`` itself."""
+def split_files(builtin: BuiltinTask) -> dict[str, tuple[str, ...]]:
+    """Return where each split of a built-in task may lie, from the task's folder."""
     names = {"train": builtin.train, "dev": builtin.dev, "test": builtin.test}
-    names |= {split: file for split, file, _ in builtin.extra_splits}
-    below = data / builtin.folder
-    folder = below if below.is_dir() else data
-    files: Files = {
-        s: (folder / name,) for s, name in names.items() if name and (folder / name).is_file()
-    }
-    looked = str(folder) if folder is below else f"{data} (there is no folder {below} either)"
+    found = {split: (name,) for split, name in names.items() if name}
+    return found | {extra.name: extra.files for extra in builtin.extra_splits}
+
+
+def _builtin_layout(data: Path, config: DataConfig, builtin: BuiltinTask) -> Layout:
+    """Return the official files, in the task's folder below ``data`` or in ``data`` itself."""
+    below = _task_folder(data, builtin)
+    folder = data if below is None else below
+    if builtin.layout in ("conllu", "ptb"):  # known by split or section, whatever their names
+        return _folder_layout(folder, replace(config, format=builtin.layout))
+    files: Files = {}
+    for split, names in split_files(builtin).items():
+        paths = [Path(os.path.normpath(folder / name)) for name in names]
+        there = [path for path in paths if path.is_file()]
+        if there:
+            files[split] = (there[0],)
+    missing = data / builtin.folder
+    looked = f"{data} (there is no folder {missing} either)" if below is None else str(below)
     return Layout(builtin.layout, files, looked)
+
+
+def _task_folder(data: Path, builtin: BuiltinTask) -> Path | None:
+    """Return the task's folder below ``data``; that of a GLUE task also below its glue_data."""
+    places = [data, data / "glue_data"] if builtin.layout == "glue" else [data]
+    return next((p / builtin.folder for p in places if (p / builtin.folder).is_dir()), None)
 
 
 def _folder_layout(data: Path, config: DataConfig) -> Layout:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitfit.data.columns import Spec, read_tables
 from bitfit.data.config import SPLITS, DataConfig, Dataset
-from bitfit.data.files import SUFFIXES, Layout, find_files, project_name
+from bitfit.data.files import SUFFIXES, Layout, find_files, project_name, split_files
 from bitfit.data.hub import read_hub
 from bitfit.data.ptb import read_ptb
 from bitfit.data.rows import RowGuard
@@ -83,7 +83,7 @@ def _splits_to_read(
     if missing and not (missing == ["dev"] and can_hold_out):
         raise DataError(_missing(missing[0], config, looked_in))
     knows_labels = (
-        config.builtin is not None
+        (config.builtin is not None and not config.builtin.open_labels)
         or config.labels is not None
         or config.kind in ("regression", "span")
     )
@@ -96,9 +96,7 @@ def _missing(split: str, config: DataConfig, looked_in: str) -> str:
     builtin = config.builtin
     split = file = config.train_split if split == "train" else split
     if builtin is not None:
-        extra = {name: file for name, file, _ in builtin.extra_splits}
-        names = {"train": builtin.train, "dev": builtin.dev, "test": builtin.test} | extra
-        file = names.get(split) or split
+        file = " or ".join(split_files(builtin).get(split, (split,)))
     return f"{config.data}: no {split} split: looked for {file} in {looked_in}"
 
 
@@ -140,7 +138,7 @@ def _from_tables(
     tables: Mapping[str, Table], config: DataConfig, guard: RowGuard, *, is_official: bool = False
 ) -> _Raw:
     builtin = config.builtin
-    task = builtin.task if builtin is not None else None
+    task = builtin.task if builtin is not None and not builtin.open_labels else None
     there = next(iter(tables.values())).columns
 
     def column(named: str | None, official: str | None) -> str | None:
@@ -148,11 +146,11 @@ def _from_tables(
         return named or (official if is_official or official in there else None)
 
     spec = Spec(
-        name=project_name(config),
+        name=builtin.task.name if builtin else project_name(config),
         text=column(config.text, builtin.text if builtin else None),
         text_pair=column(config.text_pair, builtin.text_pair if builtin else None),
         label=column(config.label, builtin.label if builtin else None),
-        kind=task.kind if task else config.kind,
+        kind=builtin.task.kind if builtin else config.kind,
         labels=task.labels if task else config.labels,
         separator=config.label_separator,
         task=task,
@@ -162,13 +160,15 @@ def _from_tables(
 
 
 def _from_sentences(layout: Layout, config: DataConfig, guard: RowGuard) -> _Raw:
-    if config.kind not in (None, "tokens") or config.builtin is not None:
+    builtin = config.builtin
+    if config.kind not in (None, "tokens") or (builtin and builtin.task.kind != "tokens"):
         raise UsageError(f"{layout.format} files are of the kind tokens; leave kind and task out")
     sentences = {
         split: [s for path in paths for s in _sentences(path, layout.format, config, guard)]
         for split, paths in layout.files.items()
     }
-    task, splits = read_sentences(sentences, project_name(config), config.labels, guard)
+    name = builtin.task.name if builtin else project_name(config)
+    task, splits = read_sentences(sentences, name, config.labels, guard)
     return _Raw(task, splits, {})
 
 
@@ -189,7 +189,8 @@ def _from_hub(
     name: str, config: DataConfig, guard: RowGuard, with_test: bool
 ) -> tuple[_Raw, dict[str, tuple[str, ...]]]:
     builtin = config.builtin
-    found = read_hub(name, config.hub_revision, builtin.task.labels if builtin else None)
+    labels = builtin.task.labels if builtin and not builtin.open_labels else None
+    found = read_hub(name, config.hub_revision, labels)
     wishes = {"train": config.train_split, "dev": config.dev, "test": config.test}
     named = {use: str(split) for use, split in wishes.items() if split is not None}
     tables = splits_by_use(found, named)

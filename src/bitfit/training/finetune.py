@@ -66,6 +66,7 @@ def finetune(
     data: str | Path | DataConfig,
     out: str | Path | None = None,
     learning_rate: float | str | None = None,
+    data_seed: int | None = None,
     recipe: str = "default",
     name: str | None = None,
     storage: Any = "fp32",
@@ -94,7 +95,9 @@ def finetune(
         base: ``"minilm"``, a directory, a name on the model hub, or an open :class:`Encoder`.
         data: a file, a folder, a name on the data hub, or a whole :class:`DataConfig`.
         out: the task file to write (for ``full`` a directory).
-        learning_rate: a rate, or ``"auto"``: the paper's four rates, chosen on dev.
+        learning_rate: a rate, or ``"auto"``: the method's four rates, chosen on dev.
+        data_seed: what ``limit`` and the rows held out for dev are drawn from; None: the seed of
+            ``data`` where that is a :class:`DataConfig`, else the run's own ``seed``.
         recipe: ``"default"`` or ``"paper"``.
         name: what the task is called; by default after the built-in task or the data file.
         storage: how the file keeps its biases: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
@@ -128,7 +131,7 @@ def finetune(
         0.93
     """
     began = time.perf_counter()
-    data_config, config, rates = plan_run(data, recipe, learning_rate, options)
+    data_config, config, rates = plan_run(data, recipe, learning_rate, options, data_seed)
     check_out(out, storage, config)
     check_lanes(lanes)
     before = recorded_conditions(checkpoint_path(out)) if resume else {}

@@ -79,8 +79,8 @@ class Lane:
     Raises:
         NoBiases: bias tuning of a base without biases.
         UnknownTerm: terms that this base does not have.
-        UsageError: a pooling or terms that this base or head cannot have, or class weights of a
-            task without classes.
+        UsageError: a pooling, terms or attention dropout that this base or head cannot have, or
+            class weights of a task without classes.
     """
 
     def __init__(
@@ -96,6 +96,11 @@ class Lane:
         self.task, self.config, self.train, self.dev = task, config, train, dev
         self.label, self.device = label, encoder.device
         self.head = make_head(task, encoder, config.pooling)
+        if config.attention_dropout is not None and not encoder.packed:
+            raise UsageError(
+                f"base {encoder.base.name!r} does not run packed: attention_dropout cannot be "
+                "changed there, leave it out"
+            )
         self.layout = choose_layout(encoder, self.head, config)
         """The biases that are trained; empty for methods that train matrices."""
         self.progress = Progress()

@@ -1,8 +1,8 @@
-"""What a method trains: a row of the bank and a head, or matrices of the plain model.
+"""What a method trains: a row of the bank and a head, matrices of the plain model, or adapters.
 
 ``bitfit`` and ``frozen`` train one flat tensor ``(K, n + h)``: a row and a head for each of K runs.
 ``full`` and ``random`` are the paper's controls (Table 3); they change matrices, so they are no
-rows, but go through the same loop with fp32 weights.
+rows, but go through the same loop with fp32 weights. So do the adapters of ``peft:...``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from bitfit.errors import UsageError
 from bitfit.heads import Head
 from bitfit.leaves import BankedLinear
 from bitfit.terms import choose_sites
+from bitfit.training.adapters import AdapterMethod
 from bitfit.training.lane import Lane
-from bitfit.training.settings import ROW_METHODS, TrainConfig
+from bitfit.training.settings import PEFT_METHODS, ROW_METHODS, TrainConfig
 from bitfit.training.settings import Method as MethodName
-
-Numbers = list[Tensor]
-"""What one run has trained, as a method reads and writes it."""
+from bitfit.training.single import Numbers, SingleRun, init_std
 
 
 class RowMethod:
@@ -50,7 +49,7 @@ class RowMethod:
         self.layout = Layout(tuple(s for s in encoder.sites if s.path in paths))
         partial = any(layout.n < self.layout.n for layout in layouts)
         self.head_size = max(head.size for head in heads)
-        self.std = _init_std(encoder)
+        self.std = init_std(encoder)
         shape = slots, self.layout.n + self.head_size
         self.flat = torch.zeros(shape, device=encoder.device, requires_grad=True)
         self.mask = torch.ones(shape, device=encoder.device) if partial else None
@@ -120,26 +119,24 @@ class RowMethod:
         """Nothing to take back: the encoder was never changed."""
 
 
-class MatrixMethod:
-    """Train the model's own parameters, all of them or a random choice, and the head.
-
-    They are no rows, so there is one slot: runs come one after the other.
-    """
-
-    slots = 1
+class MatrixMethod(SingleRun):
+    """Train the model's own parameters, all of them or a random choice, and the head."""
 
     def __init__(self, encoder: Encoder, head: Head, masks: Mapping[str, Tensor] | None) -> None:
         if encoder.dtype != torch.float32:
             raise UsageError("methods full and random train fp32 weights: use --dtype fp32")
-        self.layout, self.std = Layout(()), _init_std(encoder)
+        super().__init__(encoder, head)
         self.parameters = encoder_parameters(encoder, head)
         if masks is not None:
             self.parameters = {k: p for k, p in self.parameters.items() if masks[k].any()}
         self.masks = masks
         self.original = {name: p.data for name, p in self.parameters.items()}
         self.values = {name: p.data.clone() for name, p in self.parameters.items()}
-        self.flat = torch.zeros(head.size, device=encoder.device, requires_grad=True)
-        self.tensors: list[Tensor] = [*self.parameters.values(), self.flat]
+        self.tensors = [*self.parameters.values(), self.flat]
+
+    def numbers(self) -> Numbers:
+        """Return this run's own copy of the parameters, and the head; not copies of these."""
+        return [*self.values.values(), self.flat]
 
     def encoder_count(self, layout: Layout) -> int:
         """Return how many values of the encoder a run trains."""
@@ -154,44 +151,12 @@ class MatrixMethod:
             value.copy_(self.original[name])
         self.flat.copy_(head.init(seed, self.std))
 
-    def clear(self, slot: int) -> None:
-        """Nothing: the next run begins anew."""
-
-    def read(self, slot: int) -> Numbers:
-        """Return a copy of what the run has trained."""
-        return [t.detach().clone() for t in (*self.values.values(), self.flat)]
-
-    @torch.no_grad()
-    def write(self, slot: int, numbers: Numbers) -> None:
-        """Put back what :meth:`read` gave."""
-        for value, number in zip((*self.values.values(), self.flat), numbers, strict=True):
-            value.copy_(number)
-
-    def views(self) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
-        """Return no row (the matrices themselves change) and the head ``(h,)``."""
-        return {}, (self.flat,)
-
-    def trained(self, slot: int, layout: Layout, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return an empty row and the head's tensors by name, without gradients."""
-        flat = self.flat.detach()
-        return flat.new_empty(0), head.split(flat)
-
     def after_backward(self) -> None:
         """Zero the gradient of what was not chosen, so that it neither moves nor is clipped by."""
         if self.masks is not None:
             for name, parameter in self.parameters.items():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.masks[name])
-
-    @torch.no_grad()
-    def clip(self, max_norms: Sequence[float]) -> None:
-        """Scale all gradients so that their common norm is at most ``max_norms[0]``; 0: leave."""
-        grads = [t.grad for t in self.tensors if t.grad is not None]
-        if max_norms[0] > 0 and grads:
-            norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))
-            scale = (max_norms[0] / (norm + 1e-6)).clamp(max=1.0)
-            for grad in grads:
-                grad.mul_(scale)
 
     def install(self) -> None:
         """Let the encoder compute with this run's own copy of the parameters."""
@@ -207,7 +172,8 @@ class MatrixMethod:
             parameter.requires_grad_(False)
 
 
-Method: TypeAlias = RowMethod | MatrixMethod
+_SAME_IN_MATRICES = ("method", "terms", "seed", "pooling")
+Method: TypeAlias = RowMethod | MatrixMethod | AdapterMethod
 
 
 def encoder_parameters(encoder: Encoder, head: Head) -> dict[str, nn.Parameter]:
@@ -234,11 +200,14 @@ def make_method(encoder: Encoder, lanes: Sequence[Lane], slots: int = 1) -> Meth
         return RowMethod(
             encoder, [lane.layout for lane in lanes], [lane.head for lane in lanes], slots
         )
-    same = ("method", "terms", "seed", "pooling")
+    # The matrices' random choice is made once, for all runs; adapters are drawn for each.
+    same = ("method", "pooling") if config.method in PEFT_METHODS else _SAME_IN_MATRICES
     if any(getattr(lane.config, f) != getattr(config, f) for lane in lanes for f in same):
         raise UsageError(f"runs of method {config.method!r} share {', '.join(same)}, or come alone")
     if slots > 1:
-        raise UsageError(f"method {config.method!r} changes matrices: one run at a time")
+        raise UsageError(f"method {config.method!r} changes the model: one run at a time")
+    if config.method in PEFT_METHODS:
+        return AdapterMethod(encoder, head, config.method)
     if config.method == "full":
         return MatrixMethod(encoder, head, None)
     if config.method not in get_args(MethodName):
@@ -307,7 +276,3 @@ def _draw_row_col(random: np.random.Generator, encoder: Encoder, head: Head) -> 
                 grid = rows[:, None] * width + np.arange(width)
                 places[f"{path}.weight"] = grid.flatten()
     return places
-
-
-def _init_std(encoder: Encoder) -> float:
-    return float(getattr(encoder.base.config, "initializer_range", 0.02))

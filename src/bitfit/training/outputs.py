@@ -33,6 +33,7 @@ from bitfit.model import probe_examples
 from bitfit.storage import atomic_write, pack_safetensors
 from bitfit.taskfile import StorageType, TaskFile
 from bitfit.tasks import Task, references
+from bitfit.training.adapters import AdapterMethod
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import RowMethod
 from bitfit.training.train import Trainer
@@ -53,7 +54,7 @@ class Outcome:
     """A finished run."""
 
     file: TaskFile
-    """The task, in memory (for ``full`` and ``random`` without the matrices)."""
+    """The task, in memory (``full``, ``random``, ``peft:...``: without what they change)."""
     trainer: Trainer
     lane: Lane
     """The run that was kept, of those that the trainer had."""
@@ -254,20 +255,28 @@ def _probes(trainer: Trainer, lane: Lane) -> list[dict[str, Any]]:
 
 
 def save_outcome(out: Path, trainer: Trainer, file: TaskFile) -> None:
-    """Save a finished run: a task file, or what ``full`` or ``random`` trained, which is none.
+    """Save a finished run: a task file, or what another method trained, which is none.
 
     ``full`` gives an ordinary checkpoint directory, which transformers and bitfit load as a base,
-    with the head beside it; ``random`` one safetensors file of indices and values.
+    with the head beside it; ``random`` one safetensors file of indices and values; ``peft:...`` one
+    of the adapters' tensors, under the names that peft gives them. The latter two have the head's
+    tensors in them as ``head.…``.
     """
     method = trainer.method
     if isinstance(method, RowMethod):
         file.save(out, dtype=file.dtype)
         return
-    note = json.dumps(
-        {"task": file.task.name, "labels": file.task.labels, "scores": file.scores,
-         "recipe": file.recipe, "base": file.base.to_json(), "pooling": file.pooling},
-        sort_keys=True, default=list,
-    )  # fmt: skip
+    facts = {
+        "task": file.task.name, "labels": file.task.labels, "scores": file.scores,
+        "recipe": file.recipe, "base": file.base.to_json(), "pooling": file.pooling,
+    }  # fmt: skip
+    if isinstance(method, AdapterMethod):
+        facts["adapter"] = method.description
+    note = json.dumps(facts, sort_keys=True, default=list)
+    heads = {f"head.{name}": tensor for name, tensor in file.head.items()}
+    if isinstance(method, AdapterMethod):
+        atomic_write(out, pack_safetensors(method.named() | heads, "bitfit_adapter", note))
+        return
     if method.masks is None:
         base = trainer.encoder.base
         out.mkdir(parents=True, exist_ok=True)
@@ -285,7 +294,6 @@ def save_outcome(out: Path, trainer: Trainer, file: TaskFile) -> None:
         index = torch.nonzero(method.masks[name].flatten()).flatten().cpu()
         chosen[f"indices.{name}"] = index
         chosen[f"values.{name}"] = parameter.detach().flatten().cpu()[index]
-    heads = {f"head.{name}": tensor for name, tensor in file.head.items()}
     atomic_write(out, pack_safetensors(chosen | heads, "bitfit_random", note))
 
 

@@ -12,6 +12,7 @@ from bitfit.data import DataConfig
 from bitfit.encoder import DTYPES, Encoder
 from bitfit.errors import UsageError
 from bitfit.taskfile import StorageType
+from bitfit.training.adapters import check_installed
 from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
 
 
@@ -20,13 +21,20 @@ def plan_run(
     recipe: str,
     learning_rate: float | str | None,
     options: dict[str, Any],
+    data_seed: int | None = None,
 ) -> tuple[DataConfig, TrainConfig, tuple[float, ...] | None]:
     """Return what to read, how to train, and the rates to search over (None: one rate).
 
+    Which rows are taken and which are held out is drawn from ``data_seed``; None: from that of a
+    :class:`DataConfig`, or else from the run's own.
+
     Raises:
         UsageError: an option that does not exist or cannot be meant.
+        MissingExtra: a method that needs peft, without it.
     """
     data_options, train_options = _sort_options(options)
+    if data_seed is not None:
+        data_options["seed"] = data_seed
     if isinstance(data, DataConfig):
         data_config = dataclasses.replace(data, **data_options)
     else:
@@ -34,6 +42,7 @@ def plan_run(
         data_config = DataConfig(data=data, **data_options)
     rates, learning_rate = _rates(learning_rate, train_options.get("method", "bitfit"))
     config = resolve_config(recipe, learning_rate=learning_rate, **train_options)
+    check_installed(config.method)
     return data_config, config, rates
 
 

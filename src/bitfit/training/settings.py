@@ -8,9 +8,14 @@ from typing import Any, Literal, get_args
 
 from bitfit.errors import UsageError
 
-Method = Literal["bitfit", "frozen", "full", "random", "released:random", "released:row_col"]
+Method = Literal[
+    "bitfit", "frozen", "full", "random", "released:random", "released:row_col",
+    "peft:lora", "peft:ia3", "peft:layernorm",
+]  # fmt: skip
 # They train rows of a bank, so that many runs share a base; the others change its matrices.
 ROW_METHODS = ("bitfit", "frozen")
+# Adapters of the peft library (extra "peft").
+PEFT_METHODS = ("peft:lora", "peft:ia3", "peft:layernorm")
 Schedule = Literal["constant", "linear", "cosine"]
 Keep = Literal["best", "last"]
 
@@ -18,6 +23,13 @@ Keep = Literal["best", "last"]
 PAPER_RATES: dict[str, tuple[float, ...]] = {
     "bitfit": (1e-4, 4e-4, 7e-4, 1e-3),
     "full": (1e-5, 2e-5, 3e-5, 5e-5),
+}
+# The paper has none for these: four rates each, half a decade apart, around what the authors of the
+# methods use on such models (LoRA: 5e-4, Hu et al. 2021, table 9; IA3: 3e-3, Liu et al. 2022).
+OUR_RATES: dict[str, tuple[float, ...]] = {
+    "peft:lora": (1e-4, 3e-4, 1e-3, 3e-3),
+    "peft:ia3": (3e-4, 1e-3, 3e-3, 1e-2),
+    "peft:layernorm": (1e-4, 3e-4, 1e-3, 3e-3),
 }
 
 
@@ -28,7 +40,7 @@ class TrainConfig:
     recipe: str = "default"
     """Which recipe filled what was not given."""
     method: str = "bitfit"
-    """``bitfit``, ``frozen``, ``full``, ``random`` or a rule of the released code."""
+    """``bitfit``, ``frozen``, ``full``, ``random``, a rule of the released code, ``peft:...``."""
     terms: str = "all"
     """Which biases: as ``bitfit.select_biases`` takes them."""
     learning_rate: float = 2e-3
@@ -55,6 +67,8 @@ class TrainConfig:
     """Tokens in a sequence, specials included; longer texts are cut."""
     pooling: str = "auto"
     """``auto``, ``pooler``, ``cls`` or ``mean``."""
+    attention_dropout: float | None = None
+    """Dropout on attention probabilities; None: the base's own."""
     seed: int = 0
     """Order of the data, dropout and the head's first numbers."""
 
@@ -72,6 +86,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise UsageError(f"{name} is {value}; expected {least} to {most}")
+        if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
+            raise UsageError(
+                f"attention_dropout is {self.attention_dropout}; expected 0 up to below 1"
+            )
         if self.learning_rate == 0.0:
             raise UsageError("learning_rate is 0: nothing would be learned")
 
@@ -116,9 +134,9 @@ def resolve_config(recipe: str = "default", **given: Any) -> TrainConfig:
 
 
 def rates_to_try(method: str) -> tuple[float, ...]:
-    """Return the four rates of the paper's search for ``method`` (appendix A.2).
+    """Return the four rates of the search for ``method``.
 
-    The paper gives rates for bias tuning and full fine-tuning; ``frozen`` and the random methods
-    are searched over the former.
+    The paper gives rates for bias tuning and full fine-tuning (appendix A.2); ``frozen`` and the
+    random methods are searched over the former. Those of peft's methods are ours.
     """
-    return PAPER_RATES["full" if method == "full" else "bitfit"]
+    return {**PAPER_RATES, **OUR_RATES}.get(method, PAPER_RATES["bitfit"])

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ from bitfit.training.settings import TrainConfig
 
 BETAS = (0.9, 0.999)
 CHECKPOINT_SECONDS = 30.0
+# A checkpoint that took t seconds to write is followed by the next after at least so many t: where
+# it is large (``full``), writing must not take the time of training.
+CHECKPOINT_PAUSE = 20.0
 # On a GPU reading the losses waits for it, so divergence is looked for once in so many steps.
 LOSS_CHECK_STEPS = 50
 
@@ -75,6 +78,8 @@ class EpochDone:
     is_best: bool
     stopped: bool
     """Whether early stopping ends the run here."""
+    logits: Sequence[Logits] = field(repr=False, compare=False)
+    """Of dev, one entry per feature of ``lane.dev``; empty without a dev set."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +151,10 @@ def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
 def pass_tokens(device: torch.device) -> int:
     """Return the most tokens in one forward pass of several lanes; a lane's batch is never split.
 
-    Beyond some 1,000 a CPU's products are no faster and the activations leave its cache
-    (benchmarks/README.md has the numbers); a GPU's number is unmeasured.
+    More fill a CPU's products better until the activations leave its caches (benchmarks/README.md
+    has the numbers); a GPU's number is unmeasured.
     """
-    return 1024 if device.type == "cpu" else 65536
+    return 4096 if device.type == "cpu" else 65536
 
 
 class Trainer:
@@ -187,7 +192,7 @@ class Trainer:
         self.slots: list[int | None] = [None] * method.slots
         """The lane (its place in the queue) of each slot."""
         self.next_lane = 0
-        self._saved_at = time.monotonic()
+        self._save_due_at = time.monotonic() + CHECKPOINT_SECONDS
 
     @property
     def total_steps(self) -> int:
@@ -202,7 +207,9 @@ class Trainer:
     def run(self) -> Iterator[StepDone | EpochDone | LaneDropped]:
         """Train from where the runs stand, yielding each step and each epoch.
 
-        A consumer that stops iterating leaves the runs resumable: call :meth:`save` then.
+        An epoch is saved once the consumer asks for what comes after it: one that writes down what
+        an epoch gave, and is killed before that is done, sees the epoch again when it resumes. A
+        consumer that stops iterating leaves the runs resumable: call :meth:`save` then.
 
         Raises:
             TrainingDiverged: the loss of the only run, or of every one, became NaN or infinite.
@@ -214,10 +221,11 @@ class Trainer:
                 return
             if due := [(slot, lane) for slot, lane in running if lane.epoch_is_due]:
                 yield self._end_epoch(*due[0])
+                self.save()
                 continue
             done = self._step(running)
             yield from self._drop_diverged(running, done)
-            if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+            if time.monotonic() > self._save_due_at:
                 self.save()
             yield done
 
@@ -251,7 +259,13 @@ class Trainer:
         ]
         device, rank = self.encoder.device, self.processes.rank
         bits = [
-            DropoutBits(lane.config.seed, lane.progress.step + 1, device, rank)
+            DropoutBits(
+                lane.config.seed,
+                lane.progress.step + 1,
+                device,
+                rank,
+                lane.config.attention_dropout,
+            )
             for _, lane in running
         ]
         losses: list[Tensor] = []
@@ -348,14 +362,14 @@ class Trainer:
         train_loss = lane.epoch_loss
         if not math.isfinite(train_loss):
             return self._drop(slot, lane, train_loss)
-        scores = self.evaluate(lane, lane.dev, slot)[0] if lane.dev is not None else {}
+        scores, logits = ({}, []) if lane.dev is None else self.evaluate(lane, lane.dev, slot)
         is_best = lane.epoch_ended(scores, self.method.read(slot))
         if lane.finished:
             self._free(slot)
-        self.save()
-        epoch = len(lane.progress.history)
-        stopped = lane.progress.stopped
-        return EpochDone(lane, epoch, lane.progress.step, train_loss, scores, is_best, stopped)
+        return EpochDone(
+            lane, len(lane.progress.history), lane.progress.step, train_loss, scores, is_best,
+            lane.progress.stopped, logits,
+        )  # fmt: skip
 
     def evaluate(
         self, lane: Lane, split: Split, slot: int = 0
@@ -386,9 +400,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write the state, atomically; the loss of power costs at most the steps since then."""
-        self._saved_at = time.monotonic()
-        if self.checkpoint is None or not self.processes.is_main:
-            return
+        began = time.monotonic()
+        if self.checkpoint is not None and self.processes.is_main:
+            self._write(self.checkpoint)
+        now = time.monotonic()
+        self._save_due_at = now + max(CHECKPOINT_SECONDS, CHECKPOINT_PAUSE * (now - began))
+
+    def _write(self, checkpoint: Path) -> None:
         for lane in self.lanes:
             lane.progress.loss_sum = float(lane.loss_sum)
         note = {
@@ -396,7 +414,7 @@ class Trainer:
             "progress": [vars(lane.progress) for lane in self.lanes],
         }  # fmt: skip
         data = pack_safetensors(self._state(), CHECKPOINT_KEY, json.dumps(note))
-        atomic_write(self.checkpoint, data)
+        atomic_write(checkpoint, data)
 
     def resume(self) -> bool:
         """Go on from the checkpoint where there is one; return whether there was.

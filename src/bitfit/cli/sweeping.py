@@ -1,0 +1,316 @@
+"""Behind ``bitfit sweep``, ``reproduce`` and ``report``: grids, progress, summaries."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from bitfit.cli import console, options
+from bitfit.errors import UsageError
+from bitfit.experiments.dry_run import dry_run as plan_sweep
+from bitfit.experiments.grid import Grid, builtin_grid, builtin_grids, read_grid
+from bitfit.experiments.store import Store
+from bitfit.experiments.sweep import (
+    Event,
+    GroupFinished,
+    GroupStarted,
+    Planned,
+    Settings,
+    Summary,
+    Sweep,
+    Waiting,
+)
+from bitfit.training.train import LaneDropped, StepDone
+
+_UNITS = {"h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A grid with where it goes."""
+
+    grid: Grid
+    directory: Path
+    settings: Settings
+
+
+def own_grid(given: Mapping[str, Any]) -> Ordered:
+    """Return the grid of a TOML file, as the options change it."""
+    grid = _changed(read_grid(given["grid"]), given)
+    return Ordered(grid, given["out"] or Path("results") / grid.name, _settings(given))
+
+
+def paper_grids(given: Mapping[str, Any]) -> list[Ordered]:
+    """Return one of the paper's grids, or all of them, as the options change them."""
+    if given["name"] != "all":
+        grid = _changed(builtin_grid(given["name"]), given)
+        return [Ordered(grid, given["out"] or Path("results") / grid.name, _settings(given))]
+    root = given["out"] or Path("results")
+    grids = [builtin_grid(name) for name in builtin_grids()]
+    places = [root / grid.name for grid in grids]
+    ordered = []
+    for grid, place in zip(grids, places, strict=True):
+        others = [other for other in places if other != place]
+        if (tasks := given["tasks"]) is not None:  # of each grid those that it has
+            names = {task.name for task in grid.tasks} & set(_names(tasks))
+            if not names:
+                continue
+            given = {**given, "tasks": ",".join(t.name for t in grid.tasks if t.name in names)}
+        ordered.append(Ordered(_changed(grid, given), place, _settings(given, others)))
+        given = {**given, "tasks": tasks}
+    return ordered
+
+
+def run_grids(
+    orders: Sequence[Ordered], given: Mapping[str, Any], *, dry_run: bool, as_json: bool
+) -> None:
+    """Run grids one after the other, or show what they would do; then report on each."""
+    found = []
+    for order in orders:
+        if dry_run:
+            plan = plan_sweep(order.grid, order.directory, order.settings, _tell_cell(given))
+            found.append(plan)
+            if not as_json:
+                _show_plan(plan)
+        else:
+            found.append(_run(order, given, as_json=as_json))
+    if as_json:
+        console.print_json(found[0] if len(found) == 1 else found)
+
+
+def _tell_cell(given: Mapping[str, Any]) -> Any:
+    return None if given["quiet"] else lambda cell: console.note(f"measuring {cell}")
+
+
+def _run(order: Ordered, given: Mapping[str, Any], *, as_json: bool) -> dict[str, Any]:
+    sweep = Sweep(order.grid, order.directory, order.settings)
+    with console.Interruption() as interruption, Watch(given["quiet"]) as watch:
+        interruption.running = True
+        summary = sweep.run(watch, lambda: interruption.asked)
+    files = make_report(order.directory, None, order.settings.data, quiet=True)
+    report = _summary_json(order, summary) | files
+    if not as_json:
+        _show_summary(order, summary, files)
+    return report
+
+
+# ------------------------------------------------------------------ options
+
+
+def _changed(grid: Grid, given: Mapping[str, Any]) -> Grid:
+    grid = grid.replace(
+        base=tuple(given["bases"]) if given["bases"] else None, recipe=given["recipe"],
+        epochs=given["epochs"], seeds=_seeds(given["seeds"]),
+    )  # fmt: skip
+    return grid.only(
+        tasks=None if given["tasks"] is None else _names(given["tasks"]),
+        rows=None if given["rows"] is None else _names(given["rows"]),
+        limits=_limits(given["limit"]),
+    )
+
+
+def _settings(given: Mapping[str, Any], others: Sequence[Path] = ()) -> Settings:
+    data = Path(given["data"])
+    if not data.is_dir():
+        raise UsageError(f"--data {data}: no such directory")
+    return Settings(
+        data=data, command=shlex.join(["bitfit", *sys.argv[1:]]), dtype=given["dtype"],
+        device=given["device"], threads=given["threads"],
+        lanes=options.parse_lanes(given["lanes"]), budget_seconds=parse_budget(given["budget"]),
+        resume=given["resume"], retry_failed=given["retry_failed"],
+        reuse=[Path(p) for p in (*(given["reuse"] or ()), *others) if Store(Path(p)).exists],
+        skip_missing="name" in given and given["tasks"] is None,
+    )  # fmt: skip
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    return [name for name in names if name]
+
+
+def _seeds(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in _names(text))
+    except ValueError:
+        raise UsageError(f"--seeds {text!r}: expected whole numbers between commas") from None
+
+
+def _limits(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
+    limits = {}
+    for word in _names(text):
+        task, _, number = word.rpartition("=")
+        if not number.isdigit():
+            raise UsageError(f"--limit {text!r}: expected a number, or TASK=NUMBER between commas")
+        limits[task.strip()] = int(number)
+    return limits
+
+
+def parse_budget(text: str | None) -> float | None:
+    """Return ``90m``, ``2h`` or ``1h30m`` in seconds.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text is None:
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?)(h|min|m|s)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
+        raise UsageError(f"--budget {text!r}: expected a time such as 90m, 2h or 1h30m")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+# ------------------------------------------------------------------ progress
+
+
+class Watch:
+    """Follows a sweep: bars on a terminal, a line per group elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar: Progress | None = None
+        self.done = self.total = 0
+
+    def __enter__(self) -> Watch:
+        if not self.quiet and console.messages().is_terminal:
+            self.bar = console.progress()
+            self.bar.start()
+            self.runs = self.bar.add_task("runs", total=None)
+            self.steps = self.bar.add_task("", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Planned):
+            self._planned(event)
+        elif isinstance(event, GroupStarted):
+            self._started(event)
+        elif isinstance(event, StepDone):
+            if self.bar is not None:
+                self.bar.update(self.steps, completed=event.step, total=event.total)
+        elif isinstance(event, GroupFinished):
+            self._finished(event)
+        elif isinstance(event, LaneDropped):
+            self._say(f"{event.lane.label} is given up: {event.reason}")
+        elif isinstance(event, Waiting):
+            hosts = ", ".join(sorted({f"{c.host}:{c.pid}" for c in event.claims}))
+            self._say(f"waiting for what {hosts} works on")
+
+    def _planned(self, event: Planned) -> None:
+        self.done, self.total = event.finished, event.total
+        for reason in event.missing_tasks:
+            self._say(f"left out: {reason}")
+        there = f", {event.finished} of them finished" if event.finished else ""
+        self._say(f"{event.base}: {console.count(event.total, 'run')}{there}")
+        self._count()
+
+    def _started(self, event: GroupStarted) -> None:
+        runs = event.group.runs
+        more = f" and {len(runs) - 1} beside it" if len(runs) > 1 else ""
+        if self.bar is not None:
+            self.bar.reset(self.steps, description=f"{runs[0]}{more}"[:60])
+
+    def _finished(self, event: GroupFinished) -> None:
+        self.done += len(event.results)
+        self._count()
+        for result in event.results:
+            record = result.record
+            name = f"{record['row']} on {record['task']['name']}"
+            rate, seed = record["config"]["learning_rate"], record["config"]["seed"]
+            if record["state"] == "failed":
+                self._say(f"[{self.done}/{self.total}] {name}: failed: {record['error']}")
+                continue
+            score = console.number(record["scores"].get(record["metric"]))
+            size = "" if record["train_rows"] is None else f", {record['train_rows']:,} rows"
+            self._say(
+                f"[{self.done}/{self.total}] {name}{size}, rate {rate:g}, seed {seed}: "
+                f"{record['metric']} {score}, {console.duration(record['cost']['seconds'])}"
+            )
+
+    def _count(self) -> None:
+        if self.bar is not None:
+            total = max(self.total, self.done)
+            self.bar.update(self.runs, completed=self.done, total=total)
+
+    def _say(self, line: str) -> None:
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.console.print(console.printable(line), soft_wrap=True)
+        else:
+            console.note(line)
+
+
+# ------------------------------------------------------------------ what is shown
+
+
+def _show_plan(plan: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            cell["base"], cell["row"], cell["task"],
+            "all" if cell["train_rows"] is None else f"{cell['train_rows']:,}",
+            cell["runs"], f"{cell['tokens_per_second']:,.0f}", console.duration(cell["seconds"]),
+            console.size(cell["bytes"]),
+        )
+        for cell in plan["cells"]
+    ]  # fmt: skip
+    console.print_table(
+        ("base", "row", "task", ">rows", ">runs", ">tokens/s", ">time", ">disk"), rows,
+        title=plan["title"] or plan["name"],
+    )  # fmt: skip
+    for reason in plan["missing_tasks"]:
+        console.say(f"left out: {reason}")
+    conditions = plan["conditions"]
+    console.say(
+        f"{console.count(plan['runs'], 'run')} to make, {plan['finished']} finished: about "
+        f"{console.duration(plan['seconds'])} one after the other on {conditions['device']} with "
+        f"{console.count(conditions['threads'], 'thread')} in {conditions['dtype']}, "
+        f"{console.size(plan['bytes'])} in {plan['directory']}. Lanes make rows of biases faster."
+    )
+
+
+def _summary_json(order: Ordered, summary: Summary) -> dict[str, Any]:
+    return {
+        "name": order.grid.name, "directory": str(order.directory), "made": summary.made,
+        "done": summary.done,
+        "failed": [{k: r[k] for k in ("id", "row", "error")} for r in summary.failed],
+        "left_out": summary.left_out, "missing_tasks": summary.missing_tasks,
+        "seconds": summary.seconds,
+    }  # fmt: skip
+
+
+def _show_summary(order: Ordered, summary: Summary, files: Mapping[str, Any]) -> None:
+    console.say(
+        f"{console.count(summary.made, 'run')} made in {console.duration(summary.seconds)}, "
+        f"{summary.done} finished in {order.directory}"
+    )
+    for record in summary.failed:
+        console.say(f"failed: {record['row']} ({record['id']}): {record['error']}")
+    if summary.left_out:
+        console.say(
+            f"{console.count(len(summary.left_out), 'run')} left out for lack of time, the first: "
+            f"{summary.left_out[0]}; --resume goes on"
+        )
+    if files.get("page"):
+        console.say(f"the report: {files['page']}")
+
+
+def make_report(
+    directory: Path, out: Path | None, data: Path | None, *, quiet: bool
+) -> dict[str, Any]:
+    """Write the report of an experiment and return its files."""
+    return {}

@@ -1,0 +1,105 @@
+"""What a sweep would do: its runs, the time from a short measurement, the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bitfit.encoder import open_encoder
+from bitfit.experiments.estimate import Clock
+from bitfit.experiments.execute import Group
+from bitfit.experiments.grid import Grid
+from bitfit.experiments.material import Material
+from bitfit.experiments.plan import Planner, make_group
+from bitfit.experiments.runs import Run
+from bitfit.experiments.store import Store
+from bitfit.experiments.sweep import Settings, choose_conditions, choose_planner
+from bitfit.training.settings import ROW_METHODS
+
+# A task file's document, a record, and what their file system adds.
+_RUN_BYTES = 24_000
+
+
+def dry_run(
+    grid: Grid,
+    directory: Path,
+    settings: Settings,
+    on_cell: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Return what :class:`~bitfit.experiments.sweep.Sweep` would do, without writing anything.
+
+    Speeds are those of runs one after the other: lanes make row methods faster, by how much is
+    measured when it starts.
+
+    Args:
+        grid: what to run.
+        directory: where the results would go; runs that are there are not counted again.
+        settings: how.
+        on_cell: told before each measurement what is measured.
+
+    Returns:
+        ``cells``: per base, row, task and training size: ``runs`` left, ``seconds``, ``bytes``,
+        ``tokens_per_second``. ``runs``, ``finished``, ``seconds``, ``bytes``: of all;
+        ``missing_tasks``; ``conditions``.
+    """
+    store = Store(directory)
+    before = store.experiment() if store.exists else None
+    conditions = choose_conditions(grid, settings, before)
+    finished = store.finished() if store.exists else {}
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    missing: list[str] = []
+    for base in grid.base:
+        encoder = open_encoder(base, conditions.dtype, conditions.device)
+        material = Material(encoder, settings.data)
+        planner, left_out = choose_planner(grid, base, material, store, settings)
+        missing += [reason for reason in left_out if reason not in missing]
+        clock = Clock(material)
+        for run in _all_runs(planner, finished):
+            cell = cells.setdefault(_key(run), _new_cell(run))
+            if on_cell is not None and not cell["runs"]:
+                on_cell(f"{run.row.name} on {run.task.name}")
+            group: Group = make_group([run], 1)
+            cell["runs"] += 1
+            cell["seconds"] += clock.seconds(group)
+            cell["bytes"] += _bytes(run, material)
+            cell["tokens_per_second"] = clock.speed([run], 1)
+    listed = list(cells.values())
+    return {
+        "name": grid.name, "title": grid.title, "directory": str(directory), "cells": listed,
+        "runs": sum(cell["runs"] for cell in listed), "finished": len(finished),
+        "seconds": sum(cell["seconds"] for cell in listed),
+        "bytes": sum(cell["bytes"] for cell in listed),
+        "missing_tasks": missing,
+        "conditions": vars(conditions),
+    }  # fmt: skip
+
+
+def _all_runs(planner: Planner, finished: dict[str, str]) -> list[Run]:
+    """Return what is left, with a stand-in for each repeat whose rate is still to be chosen."""
+    search = [run for run in planner.search() if run.id not in finished]
+    known = planner.repeats()
+    cells = {(run.row.name, run.task.name, run.train_rows) for run in known}
+    to_come = [
+        run for run in planner.repeats_to_come()
+        if (run.row.name, run.task.name, run.train_rows) not in cells
+    ]  # fmt: skip
+    return [*search, *(run for run in known if run.id not in finished), *to_come]
+
+
+def _key(run: Run) -> tuple[Any, ...]:
+    return run.base, run.row.name, run.task.name, run.train_rows
+
+
+def _new_cell(run: Run) -> dict[str, Any]:
+    keys = ("base", "row", "task", "train_rows")
+    counts = {"runs": 0, "seconds": 0.0, "bytes": 0, "tokens_per_second": 0.0}
+    return dict(zip(keys, _key(run), strict=True)) | counts
+
+
+def _bytes(run: Run, material: Material) -> int:
+    """Return about what a run leaves on disk."""
+    lane = material.lane(run)
+    kept = 4 * (lane.layout.n + lane.head.size) if run.config.method in ROW_METHODS else 0
+    predictions = 2 * len(lane.dev.features.items) * run.config.epochs if lane.dev else 0
+    return _RUN_BYTES + kept + predictions

@@ -1,0 +1,283 @@
+"""A group of runs trained together, and what each of them leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bitfit import __version__
+from bitfit.base import TRAINED_ON
+from bitfit.bench.memory import give_back, is_known, read_peak, start_peak
+from bitfit.bench.timing import describe_versions
+from bitfit.comparison import bias_change
+from bitfit.doctor import cpu_name
+from bitfit.errors import BitfitError, TrainingDiverged, TrainingInterrupted
+from bitfit.experiments.material import Material
+from bitfit.experiments.runs import Conditions, Run, command_of
+from bitfit.experiments.store import Result, Store
+from bitfit.heads import read_predictions
+from bitfit.metrics import majority_score
+from bitfit.tasks import references
+from bitfit.training.lane import Lane, Split
+from bitfit.training.methods import make_method
+from bitfit.training.outputs import make_task_file
+from bitfit.training.settings import ROW_METHODS
+from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer
+
+Event = StepDone | EpochDone | LaneDropped
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that are trained in one go: the unit of a claim and of a checkpoint."""
+
+    id: str
+    runs: Sequence[Run]
+    lanes: int
+    """How many of them side by side."""
+
+
+def run_group(
+    group: Group,
+    material: Material,
+    store: Store,
+    conditions: Conditions,
+    *,
+    on_event: Callable[[Event], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[Result]:
+    """Train a group, from its checkpoint where there is one, and return what each run left.
+
+    Nothing but the group's scratch folder of ``store`` is written. A run that cannot be made, or
+    that diverges, is a failed result and does not stop the others.
+
+    Raises:
+        TrainingInterrupted: ``should_stop`` said so; the state is saved.
+    """
+    lanes: dict[str, Lane] = {}
+    failed: dict[str, str] = {}
+    for run in group.runs:
+        try:
+            lanes[run.id] = material.lane(run)
+        except BitfitError as error:
+            failed[run.id] = str(error)
+    results = {}
+    if lanes:
+        work = _Work(group, material, store, conditions, lanes)
+        try:
+            results = work.done(on_event, should_stop)
+        except TrainingInterrupted:
+            raise
+        except (BitfitError, RuntimeError, MemoryError, ValueError) as error:
+            failed |= dict.fromkeys(lanes, f"{type(error).__name__}: {error}")
+    return [
+        results[run.id] if run.id in results
+        else Result(record=_failed(run, material, conditions, failed[run.id]))
+        for run in group.runs
+    ]  # fmt: skip
+
+
+class _Work:
+    """The training of a group whose lanes could be made."""
+
+    def __init__(
+        self,
+        group: Group,
+        material: Material,
+        store: Store,
+        conditions: Conditions,
+        lanes: Mapping[str, Lane],
+    ) -> None:
+        self.group, self.material, self.store, self.conditions = group, material, store, conditions
+        self.runs = {run.id: run for run in group.runs}
+        self.lanes = lanes
+        self.run_of = {id(lane): run_id for run_id, lane in lanes.items()}
+        encoder, made = material.encoder, list(lanes.values())
+        self.trainer = Trainer(
+            encoder=encoder,
+            method=make_method(encoder, made, min(group.lanes, len(made))),
+            lanes=made,
+            checkpoint=store.scratch(group.id) / "state.checkpoint",
+            identity={"group": group.id, "threads": torch.get_num_threads()},
+        )
+        self.peak: int | None = None
+
+    def done(
+        self,
+        on_event: Callable[[Event], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> dict[str, Result]:
+        """Train what is left of the group, and return what its runs leave."""
+        device, trainer = self.material.encoder.device, self.trainer
+        give_back()
+        before = start_peak(device) if is_known(device) else None
+        trainer.method.install()
+        try:
+            trainer.resume()
+            self._train(on_event, should_stop)
+            if before is not None:
+                self.peak = max(0, read_peak(device) - before)
+            return {run_id: self._result(run_id, lane) for run_id, lane in self.lanes.items()}
+        finally:
+            trainer.method.uninstall()
+
+    def _train(
+        self,
+        on_event: Callable[[Event], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        try:
+            for event in self.trainer.run():
+                if isinstance(event, EpochDone):
+                    self._keep_predictions(event)
+                if on_event is not None:
+                    on_event(event)
+                if isinstance(event, StepDone) and should_stop is not None and should_stop():
+                    self.trainer.save()
+                    raise TrainingInterrupted(f"stopped at step {event.step} of {event.total}")
+        except TrainingDiverged:  # all of them: each lane says so itself
+            return
+
+    def _keep_predictions(self, event: EpochDone) -> None:
+        """Write down what an epoch predicts, before the checkpoint that says it is done."""
+        lane = event.lane
+        assert lane.dev is not None
+        predicted = _predictions(lane, lane.dev, event.logits)
+        run_id = self.run_of[id(lane)]
+        self.store.write_epoch(self.group.id, run_id, event.epoch, {"dev": predicted})
+
+    def _result(self, run_id: str, lane: Lane) -> Result:
+        run = self.runs[run_id]
+        if lane.progress.dropped:
+            return Result(
+                record=_failed(run, self.material, self.conditions, lane.progress.dropped)
+            )
+        assert lane.dev is not None
+        return self._finished(run, lane, lane.dev)
+
+    def _finished(self, run: Run, lane: Lane, dev: Split) -> Result:
+        began, trainer = time.perf_counter(), self.trainer
+        trainer.keep(lane)
+        source = self.material.source(run.task, run.train_rows, run.data_seed)
+        file = make_task_file(
+            trainer, lane, self.material.splits(run), data_hash=source.hashes["train"],
+            train_score=True, source={}, storage="fp32", licence=None, description=None,
+        )  # fmt: skip
+        is_row = run.config.method in ROW_METHODS
+        data = file.to_bytes() if is_row else None
+        best = lane.progress.history[lane.progress.best_epoch - 1]
+        record = _about(run, self.material, self.conditions) | {
+            "state": "done",
+            "error": None,
+            "metric": lane.task.metric,
+            "history": lane.progress.history,
+            "best_epoch": lane.progress.best_epoch,
+            "scores": best["dev"],
+            "last": lane.progress.history[-1]["dev"],
+            "train_scores": _with_prefix(file.scores, "train_"),
+            "more": _mismatched(file.scores),
+            "majority": majority_score(lane.task, references(dev.examples)),
+            "change": bias_change(file) if run.config.method == "bitfit" else None,
+            "trainable": {
+                "encoder": trainer.method.encoder_count(lane.layout), "head": lane.head.size,
+            },
+            "cost": self._cost(lane, began, data),
+        }  # fmt: skip
+        kept = [
+            self.store.read_epoch(self.group.id, run.id, epoch["epoch"])
+            for epoch in lane.progress.history
+        ]
+        predictions = {"dev": [e["dev"] for e in kept if e]} if all(kept) else None
+        return Result(
+            record=_json(record), predictions=predictions,
+            answers=_json(references(dev.examples)), task_file=data,
+        )  # fmt: skip
+
+    def _cost(self, lane: Lane, began: float, data: bytes | None) -> dict[str, Any]:
+        progress, method = lane.progress, self.trainer.method
+        masks = getattr(method, "masks", None)
+        if data is not None:
+            size = len(data)
+        elif masks is not None:  # an index and a value of each that was drawn
+            size = 12 * method.encoder_count(lane.layout) + 4 * lane.head.size
+        else:
+            size = sum(tensor.numel() * tensor.element_size() for tensor in lane.best)
+        return {
+            "train_seconds": progress.seconds,
+            "seconds": progress.seconds + time.perf_counter() - began,
+            "tokens": progress.tokens,
+            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+            "peak_memory_bytes": self.peak,
+            "task_bytes": size,
+            "lanes": len(self.trainer.slots),
+        }
+
+
+def _predictions(lane: Lane, split: Split, logits: Sequence[Any]) -> Any:
+    return _json(read_predictions(lane.task, split.examples, split.features.items, logits))
+
+
+def _about(run: Run, material: Material, conditions: Conditions) -> dict[str, Any]:
+    """Return what is known of a run before it is made."""
+    source = material.source(run.task, run.train_rows, run.data_seed)
+    facts = dict(run.facts)
+    versions = describe_versions()
+    return {
+        "id": run.id,
+        "row": run.row.name,
+        "base": run.base,
+        "base_name": material.encoder.base.name,
+        "trained_on": TRAINED_ON.get(run.base),
+        "task": dataclasses.asdict(source.dataset.task) | {"name": run.task.name},
+        "train_rows": run.train_rows,
+        "config": run.config.to_json(),
+        "data": {"train": facts["train"], "dev": facts["dev"], "seed": run.data_seed},
+        "rows": {name: len(rows) for name, rows in source.dataset.splits.items()},
+        "environment": {
+            "bitfit": __version__, "torch": versions["torch"],
+            "transformers": versions["transformers"], "python": versions["python"],
+            "device": conditions.device, "machine": _machine(material.encoder.device),
+            "threads": conditions.threads, "dtype": conditions.dtype,
+        },
+        "command": command_of(run, material.data, conditions),
+    }  # fmt: skip
+
+
+def _failed(run: Run, material: Material, conditions: Conditions, error: str) -> dict[str, Any]:
+    found: dict[str, Any] = _json(
+        _about(run, material, conditions) | {"state": "failed", "error": error}
+    )
+    return found
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return cpu_name()
+
+
+def _with_prefix(scores: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
+
+
+def _mismatched(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    end = "_mismatched"
+    found = {k.removesuffix(end): v for k, v in scores.items() if k.endswith(end)}
+    return {"dev_mismatched": found} if found else {}
+
+
+def _json(value: Any) -> Any:
+    """Return ``value`` as JSON has it: lists for tuples, None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,106 @@
+"""What runs learn from: an open base, and data read, hashed and tokenized once for many runs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bitfit.batches import make_features
+from bitfit.data import Dataset, dataset_hash, read_dataset
+from bitfit.encoder import Encoder
+from bitfit.errors import UsageError
+from bitfit.experiments.grid import GridTask
+from bitfit.experiments.runs import Run, data_config
+from bitfit.training.lane import Lane, Split
+
+V = TypeVar("V")
+# Data sets of different tasks, sizes and seeds that are kept; a large one is some hundred MB.
+_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set with the hashes of its splits."""
+
+    dataset: Dataset
+    hashes: Mapping[str, str]
+
+
+class Material:
+    """An open base, and the data that was asked for last.
+
+    Args:
+        encoder: the base.
+        data: the data directory.
+    """
+
+    def __init__(self, encoder: Encoder, data: Path) -> None:
+        self.encoder, self.data = encoder, data
+        self._sources: OrderedDict[Hashable, Source] = OrderedDict()
+        self._splits: OrderedDict[Hashable, dict[str, Split]] = OrderedDict()
+
+    def source(self, task: GridTask, train_rows: int | None, seed: int) -> Source:
+        """Return the rows of a task, with dev.
+
+        Raises:
+            DataError: files that are not there or cannot be read.
+            UsageError: data without a dev split, which every choice needs.
+        """
+        return _kept(self._sources, (task.name, train_rows, seed), lambda: self._read(
+            task, train_rows, seed
+        ))  # fmt: skip
+
+    def _read(self, task: GridTask, train_rows: int | None, seed: int) -> Source:
+        dataset = read_dataset(data_config(task, self.data, train_rows, seed), with_test=False)
+        if "dev" not in dataset.splits:
+            raise UsageError(
+                f"task {task.name!r} has no dev rows, and epochs and rates are chosen on them: "
+                "name a dev file, or let dev_fraction be above 0"
+            )
+        return Source(dataset, {k: dataset_hash(rows) for k, rows in dataset.splits.items()})
+
+    def splits(self, run: Run) -> dict[str, Split]:
+        """Return the features that a run learns from and is scored on."""
+        source = self.source(run.task, run.train_rows, run.data_seed)
+        task, length = source.dataset.task, run.config.max_length
+        tokenizer = self.encoder.base.tokenizer
+        return _kept(self._splits, (*run.material, length), lambda: {
+            name: Split(examples, make_features(tokenizer, task, examples, length))
+            for name, examples in source.dataset.splits.items()
+        })  # fmt: skip
+
+    def lane(self, run: Run) -> Lane:
+        """Return the run as a lane.
+
+        Raises:
+            BitfitError: terms or a pooling that this base does not have, and what a lane refuses.
+        """
+        splits = self.splits(run)
+        task = self.source(run.task, run.train_rows, run.data_seed).dataset.task
+        return Lane(
+            encoder=self.encoder, task=task, config=run.config, train=splits["train"],
+            dev=splits["dev"], label=str(run),
+        )  # fmt: skip
+
+    def facts(self, task: GridTask, train_rows: int | None, seed: int) -> dict[str, Any]:
+        """Return the hashes of base, tokenizer and data, and the precision, for a run's id."""
+        base, source = self.encoder.base, self.source(task, train_rows, seed)
+        return {
+            "base": base.identity.sha256,
+            "tokenizer": base.tokenizer_sha256,
+            "train": source.hashes["train"],
+            "dev": source.hashes["dev"],
+            "dtype": self.encoder.precision,
+        }
+
+
+def _kept(cache: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], V]) -> V:
+    if key not in cache:
+        cache[key] = make()
+        while len(cache) > _KEPT:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]

@@ -1,0 +1,166 @@
+"""Which runs a grid asks for, in which order, and which of them are trained together."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitfit.errors import UsageError
+from bitfit.experiments.execute import Group
+from bitfit.experiments.grid import Grid, GridTask, Row
+from bitfit.experiments.material import Material
+from bitfit.experiments.protocol import choose, paper_scores, split_scores
+from bitfit.experiments.runs import Run
+from bitfit.experiments.store import Store
+
+# Group sizes grow with what the hardware gains from lanes, and this is the most.
+MOST_LANES = 16
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """A row on a task at a training size: rates to search over, then seeds at the chosen one."""
+
+    row: Row
+    task: GridTask
+    train_rows: int | None
+
+
+class Planner:
+    """The runs of a grid on one base.
+
+    Args:
+        grid: what is asked for.
+        base: which of its bases.
+        material: that base, open, and the data.
+        store: what is finished.
+    """
+
+    def __init__(self, grid: Grid, base: str, material: Material, store: Store) -> None:
+        self.grid, self.base, self.material, self.store = grid, base, material, store
+        self.cells = [
+            CellPlan(row, task, size)
+            for row in grid.rows
+            for task in grid.tasks
+            for size in grid.train_rows or (task.limit,)
+        ]
+        self._runs: dict[tuple[Any, ...], Run] = {}
+        self._refuse_twins()
+
+    def _refuse_twins(self) -> None:
+        rows: dict[str, str] = {}
+        for run in self.search():
+            other = rows.setdefault(run.id, run.row.name)
+            if other != run.row.name:
+                raise UsageError(
+                    f"rows {other!r} and {run.row.name!r} ask for the same runs: leave one out"
+                )
+
+    def search(self) -> list[Run]:
+        """Return the runs over all rates, the most telling first.
+
+        Every row on every task with the first seed, then with the next.
+        """
+        seeds = self.grid.seeds if self.grid.search == "every-seed" else self.grid.seeds[:1]
+        return [
+            self._run(cell, rate, seed)
+            for seed in seeds
+            for cell in self.cells
+            for rate in cell.row.rates
+        ]
+
+    def repeats(self) -> list[Run]:
+        """Return the runs at the chosen rates with the other seeds, of cells that have chosen.
+
+        A cell chooses when its search is finished; by either protocol, which mostly agree.
+        """
+        if self.grid.search == "every-seed" or len(self.grid.seeds) == 1:
+            return []
+        finished = self.store.finished()
+        chosen = [(cell, self._chosen_rates(cell, finished)) for cell in self.cells]
+        return [
+            self._run(cell, rate, seed)
+            for seed in self.grid.seeds[1:]
+            for cell, rates in chosen
+            for rate in rates
+        ]
+
+    def repeats_to_come(self) -> Iterator[Run]:
+        """Yield a stand-in for each run that :meth:`repeats` will have: at the cell's last rate."""
+        if self.grid.search == "every-seed":
+            return
+        for seed, cell in itertools.product(self.grid.seeds[1:], self.cells):
+            yield self._run(cell, cell.row.rates[-1], seed)
+
+    def _chosen_rates(self, cell: CellPlan, finished: Mapping[str, str]) -> list[float]:
+        """Return the rates that the finished search chose; none while it is not finished."""
+        runs = [self._run(cell, rate, self.grid.seeds[0]) for rate in cell.row.rates]
+        if len(runs) == 1:
+            return [runs[0].config.learning_rate]
+        if any(run.id not in finished for run in runs):
+            return []
+        records = [self.store.record(run.id) for run in runs]
+
+        def on_halves(record: Mapping[str, Any]) -> Any:
+            store = self.store
+            return split_scores(record, store.predictions(record["id"]), store.answers(record))
+
+        found = [choose(records, scores_of) for scores_of in (paper_scores, on_halves)]
+        choices = [choice for cells in found for runs_ in cells.values() for choice in runs_]
+        return sorted({choice.record["config"]["learning_rate"] for choice in choices})
+
+    def _run(self, cell: CellPlan, rate: float, seed: int) -> Run:
+        key = cell.row.name, cell.task.name, cell.train_rows, rate, seed
+        if key not in self._runs:
+            # Of a learning curve each seed draws its own rows: the spread is to show that too.
+            data_seed = seed if self.grid.train_rows else 0
+            config = self.grid.config(cell.row, cell.task, rate, seed)
+            length = self.material.encoder.clamp_length(config.max_length)
+            self._runs[key] = Run(
+                row=cell.row, base=self.base, task=cell.task, train_rows=cell.train_rows,
+                config=config.replace(max_length=length), data_seed=data_seed,
+                facts=tuple(self.material.facts(cell.task, cell.train_rows, data_seed).items()),
+            )  # fmt: skip
+        return self._runs[key]
+
+    def waiting(self, taken: Sequence[str] = ()) -> list[list[Run]]:
+        """Return what is left to do: of the search, then of the repeats, each in its order.
+
+        Args:
+            taken: ids of runs that someone is working on.
+        """
+        done = {*self.store.finished(), *taken}
+        return [
+            [run for run in runs if run.id not in done] for runs in (self.search(), self.repeats())
+        ]
+
+    def find(self, run_ids: Sequence[str]) -> list[Run] | None:
+        """Return the runs of these ids, in their order; None where one is not of this grid."""
+        known = {run.id: run for run in (*self.search(), *self.repeats())}
+        return [known[i] for i in run_ids] if all(i in known for i in run_ids) else None
+
+
+def first_group(runs: Sequence[Run], lanes_for: Callable[[Sequence[Run]], int]) -> Group:
+    """Return the first of ``runs`` with those behind it that are trained beside it.
+
+    Those of the same task and training size, if their methods train rows; as many as
+    ``lanes_for`` those runs says.
+    """
+    first = runs[0]
+    if not first.shares_passes:
+        return make_group([first], 1)
+    alike = [
+        run for run in runs
+        if run.shares_passes and run.material[:2] == first.material[:2]
+    ]  # fmt: skip
+    lanes = lanes_for(alike)
+    return make_group(alike[:lanes], lanes)
+
+
+def make_group(runs: Sequence[Run], lanes: int) -> Group:
+    """Return a group; its id is the hash of its runs and of the number of lanes."""
+    text = ",".join([*(run.id for run in runs), str(lanes)])
+    return Group(hashlib.sha256(text.encode()).hexdigest()[:16], runs, min(lanes, len(runs)))

@@ -1,0 +1,307 @@
+"""One directory per experiment: what is finished, what is being worked on, and by whom.
+
+Everything in it is a file of its own, written whole: a process that is killed at any moment leaves
+nothing that is half there, and several processes may share a directory. Names of files are made of
+run ids, which are hashes, never of names that a user gave.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from bitfit.errors import BitfitError
+from bitfit.storage import atomic_write
+
+FORMAT = 1
+# A group whose process has not said for so long that it lives is taken over by another.
+STALE_SECONDS = 600.0
+# How often a running process says so.
+HEARTBEAT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A group of runs that a process works on, or worked on until it was killed."""
+
+    group: str
+    runs: Sequence[str]
+    """Ids, in the order of the lanes."""
+    lanes: int
+    host: str
+    pid: int
+    is_alive: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finished or failed run leaves."""
+
+    record: Mapping[str, Any]
+    predictions: Mapping[str, Any] | None = None
+    """Of dev, epoch by epoch; None for a failed run."""
+    answers: Sequence[Any] | None = None
+    """What is right on dev."""
+    task_file: bytes | None = None
+
+
+class Store:
+    """The directory of an experiment.
+
+    Args:
+        directory: where; made when something is first written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+
+    # ------------------------------------------------------------------ what it is of
+
+    def experiment(self) -> dict[str, Any]:
+        """Return ``experiment.json``.
+
+        Raises:
+            BitfitError: there is none, or it is of a newer format.
+        """
+        path = self.directory / "experiment.json"
+        if not path.is_file():
+            raise BitfitError(
+                f"{self.directory} is no experiment: it has no experiment.json. Expected a "
+                "directory that 'bitfit sweep' or 'bitfit reproduce' made"
+            )
+        found = _read_json(path)
+        if found.get("format") != FORMAT:
+            raise BitfitError(
+                f"{path}: format {found.get('format')!r}; this version reads format {FORMAT}"
+            )
+        return found
+
+    def write_experiment(self, value: Mapping[str, Any]) -> None:
+        """Write ``experiment.json``."""
+        _write_json(self.directory / "experiment.json", {"format": FORMAT, **value}, indent=1)
+
+    @property
+    def exists(self) -> bool:
+        """Whether an experiment was begun here."""
+        return (self.directory / "experiment.json").is_file()
+
+    def lock(self) -> FileLock:
+        """Return a lock that one process at a time holds while it looks and claims."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.directory / ".lock")
+
+    # ------------------------------------------------------------------ finished runs
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the record of every finished or failed run.
+
+        By row and task in the experiment's order, then by training rows, rate and seed.
+        """
+        experiment = self.experiment()
+        rows, tasks = experiment["rows"], experiment["tasks"]
+
+        def place(record: Mapping[str, Any]) -> tuple[Any, ...]:
+            config, name = record["config"], record["task"]["name"]
+            row = rows.index(record["row"]) if record["row"] in rows else len(rows)
+            task = tasks.index(name) if name in tasks else len(tasks)
+            rate, seed = config["learning_rate"], config["seed"]
+            return record["base"], row, task, record["train_rows"] or 0, rate, seed, record["id"]
+
+        return sorted(map(_read_json, self._files("runs", ".json")), key=place)
+
+    def finished(self) -> dict[str, str]:
+        """Return the state, ``done`` or ``failed``, of each run by its id."""
+        return {p.stem: _read_json(p)["state"] for p in self._files("runs", ".json")}
+
+    def record(self, run_id: str) -> dict[str, Any]:
+        """Return the record of one finished or failed run."""
+        return _read_json(self.directory / "runs" / f"{run_id}.json")
+
+    def write(self, result: Result) -> None:
+        """Keep what a run left: the record last, so that a run with a record is whole."""
+        record = result.record
+        run_id = record["id"]
+        if result.answers is not None:
+            path = self._answers_path(record)
+            if not path.is_file():
+                _write_packed(path, {"answers": result.answers})
+        if result.predictions is not None:
+            _write_packed(self._packed("predictions", run_id), result.predictions)
+        if result.task_file is not None:
+            path = self.task_file(run_id)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, result.task_file)
+        _write_json(self.directory / "runs" / f"{run_id}.json", record)
+
+    def forget(self, run_id: str) -> None:
+        """Remove a record, so that the run is made again."""
+        (self.directory / "runs" / f"{run_id}.json").unlink(missing_ok=True)
+
+    def predictions(self, run_id: str) -> dict[str, Any] | None:
+        """Return a run's predictions of dev, epoch by epoch; None where they are not kept here."""
+        return _read_packed(self._packed("predictions", run_id))
+
+    def answers(self, record: Mapping[str, Any]) -> list[Any] | None:
+        """Return what is right on the dev rows of a run; None where it is not kept here."""
+        if "data" not in record:
+            return None
+        path = self._answers_path(record)
+        if path not in self._answers:
+            found = _read_packed(path)
+            self._answers[path] = None if found is None else found["answers"]
+        return self._answers[path]
+
+    def task_file(self, run_id: str) -> Path:
+        """Return where a run's task file is, if it left one."""
+        return self.directory / "tasks" / f"{run_id}.bitfit.safetensors"
+
+    def reuse(self, other: Store, run_ids: Iterable[str], row: Mapping[str, str]) -> list[str]:
+        """Copy finished runs from another experiment; return which were there.
+
+        Args:
+            other: where to look.
+            run_ids: wanted.
+            row: the name of the row that each run belongs to here.
+        """
+        found = []
+        for run_id in run_ids:
+            path = other.directory / "runs" / f"{run_id}.json"
+            if not path.is_file() or _read_json(path)["state"] != "done":
+                continue
+            record = _read_json(path) | {"row": row[run_id]}
+            task_file = other.task_file(run_id)
+            self.write(Result(
+                record=record, predictions=other.predictions(run_id),
+                answers=other.answers(record),
+                task_file=task_file.read_bytes() if task_file.is_file() else None,
+            ))  # fmt: skip
+            found.append(run_id)
+        return found
+
+    # ------------------------------------------------------------------ work in progress
+
+    def claims(self) -> list[Claim]:
+        """Return the groups that were begun and are not finished, the oldest first."""
+        paths = sorted(self._files("work", ".json"), key=lambda p: p.stat().st_mtime)
+        return [self._claim(path) for path in paths]
+
+    def claim(self, group: str, runs: Sequence[str], lanes: int) -> None:
+        """Take a group, or take it over from a process that is no more. Hold the lock for this."""
+        note = {
+            "runs": list(runs),
+            "lanes": lanes,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        _write_json(self._manifest(group), note)
+
+    def beat(self, group: str) -> None:
+        """Say that the process that claimed the group lives."""
+        try:
+            os.utime(self._manifest(group))
+        except FileNotFoundError:
+            return
+
+    def release(self, group: str) -> None:
+        """Remove the claim and all that the work left, once its results are written."""
+        self._manifest(group).unlink(missing_ok=True)
+        shutil.rmtree(self.scratch(group), ignore_errors=True)
+
+    def let_go(self, group: str) -> None:
+        """Leave a group as it stands, to be gone on with by whoever comes."""
+        path = self._manifest(group)
+        if path.is_file():
+            _write_json(path, _read_json(path) | {"host": "", "pid": 0})
+
+    def scratch(self, group: str) -> Path:
+        """Return the folder of a group's checkpoint and of the predictions of its epochs."""
+        return self.directory / "work" / group
+
+    def write_epoch(self, group: str, run_id: str, epoch: int, value: Mapping[str, Any]) -> None:
+        """Keep what an epoch predicted until the run is finished."""
+        _write_packed(self.scratch(group) / f"{run_id}-{epoch}.json.gz", value)
+
+    def read_epoch(self, group: str, run_id: str, epoch: int) -> dict[str, Any] | None:
+        """Return what :meth:`write_epoch` kept."""
+        return _read_packed(self.scratch(group) / f"{run_id}-{epoch}.json.gz")
+
+    # ------------------------------------------------------------------ places
+
+    @cached_property
+    def _answers(self) -> dict[Path, list[Any] | None]:
+        return {}
+
+    def _files(self, folder: str, suffix: str) -> list[Path]:
+        place = self.directory / folder
+        # A file that is being written begins with a dot.
+        found = place.iterdir() if place.is_dir() else ()
+        return sorted(p for p in found if p.name.endswith(suffix) and p.name[0] != ".")
+
+    def _packed(self, folder: str, name: str) -> Path:
+        return self.directory / folder / f"{name}.json.gz"
+
+    def _answers_path(self, record: Mapping[str, Any]) -> Path:
+        return self._packed("references", record["data"]["dev"])
+
+    def _manifest(self, group: str) -> Path:
+        return self.directory / "work" / f"{group}.json"
+
+    def _claim(self, path: Path) -> Claim:
+        note = _read_json(path)
+        here = note["host"] == socket.gethostname()
+        silent = time.time() - path.stat().st_mtime
+        alive = bool(note["host"]) and silent < STALE_SECONDS
+        if here:
+            alive = alive and _is_running(note["pid"])
+        return Claim(path.stem, note["runs"], note["lanes"], note["host"], note["pid"], alive)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user, and there
+        return True
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BitfitError(f"{path}: cannot be read as JSON: {error}") from error
+    return found
+
+
+def _write_json(path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=indent)
+    atomic_write(path, f"{text}\n".encode())
+
+
+def _read_packed(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        raise BitfitError(f"{path}: cannot be read: {error}") from error
+    return found
+
+
+def _write_packed(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    atomic_write(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))

@@ -1,0 +1,456 @@
+"""Making the runs of a grid: claim a group, train it, write what it leaves, until nothing is left.
+
+A stopped or killed sweep goes on with ``resume`` and repeats nothing; several processes may share
+a directory, each taking what the others have not.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from bitfit.encoder import Encoder, open_encoder
+from bitfit.errors import BitfitError, DataError, TrainingInterrupted, UsageError
+from bitfit.experiments.estimate import Clock
+from bitfit.experiments.execute import Event as TrainingEvent
+from bitfit.experiments.execute import Group, run_group
+from bitfit.experiments.grid import Grid, GridTask
+from bitfit.experiments.material import Material
+from bitfit.experiments.plan import MOST_LANES, Planner, first_group, make_group
+from bitfit.experiments.runs import Conditions, Run
+from bitfit.experiments.store import HEARTBEAT_SECONDS, Claim, Result, Store
+from bitfit.training.lane_count import choose_lane_count
+from bitfit.training.settings import ROW_METHODS
+
+# How long to wait before looking again whether another process has finished its group.
+_WAIT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sweep knows what it has to do on a base."""
+
+    base: str
+    finished: int
+    total: int
+    """Runs of this base, with the repeats that are still to be chosen."""
+    missing_tasks: Sequence[str]
+    """Tasks of the grid whose data is not there, each with the reason."""
+
+
+@dataclass(frozen=True)
+class GroupStarted:
+    """A group is about to be trained."""
+
+    group: Group
+
+
+@dataclass(frozen=True)
+class GroupFinished:
+    """A group's results are written."""
+
+    group: Group
+    results: Sequence[Result]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """All that is left is being worked on by others."""
+
+    claims: Sequence[Claim]
+
+
+Event: TypeAlias = Planned | GroupStarted | GroupFinished | Waiting | TrainingEvent
+Listener: TypeAlias = Callable[[Event], None]
+
+
+@dataclass
+class Summary:
+    """How a sweep ended."""
+
+    done: int = 0
+    """Finished runs in the directory, of this grid."""
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    """Records of failed runs."""
+    made: int = 0
+    """Runs made by this call."""
+    left_out: list[str] = field(default_factory=list)
+    """Runs that the time did not suffice for."""
+    missing_tasks: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a sweep runs; nothing here is part of a run's id, but the precision."""
+
+    data: Path
+    """The data directory: GLUE's, or one that holds ``glue_data``, ``squad``, ``ud_ewt``."""
+    command: str = ""
+    """The command that asked for it, written into the experiment."""
+    dtype: str = "auto"
+    """Precision of the frozen weights: ``fp32``, ``bf16``, ``auto`` (fp32 for the paper's recipe
+    and where matrices are trained)."""
+    device: str = "auto"
+    threads: int | None = None
+    lanes: int | str = "auto"
+    """Runs side by side: ``auto`` measures it once for each task and records it."""
+    budget_seconds: float | None = None
+    """Begin nothing that would probably end later than this; None: no limit."""
+    resume: bool = False
+    """Go on in a directory that holds this experiment, or join those who work on it."""
+    retry_failed: bool = False
+    """Make failed runs again."""
+    reuse: Sequence[Path] = ()
+    """Other experiments' directories, to copy runs of the same id from."""
+    skip_missing: bool = False
+    """Leave out tasks whose data is not there, in place of refusing."""
+
+
+class Sweep:
+    """The runs of a grid in a directory.
+
+    Args:
+        grid: what to run.
+        directory: where the results go.
+        settings: how.
+
+    Raises:
+        UsageError: a directory that holds another experiment, or this one without ``resume``.
+    """
+
+    def __init__(self, grid: Grid, directory: Path, settings: Settings) -> None:
+        self.store = Store(directory)
+        self.settings = settings
+        with self.store.lock():
+            before = self.store.experiment() if self.store.exists else None
+            self.grid = grid
+            self.conditions = choose_conditions(grid, settings, before)
+            if before is not None:
+                _check_joins(grid, before, directory, settings)
+            lanes = {} if before is None else before["conditions"]["lanes"]
+            self.store.write_experiment(_described(grid, settings, self.conditions, lanes, before))
+        torch.set_num_threads(self.conditions.threads)
+        self.summary = Summary()
+        self._began = time.perf_counter()
+
+    def run(
+        self,
+        on_event: Listener | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Summary:
+        """Make every run that is not there yet, and return how it ended.
+
+        Raises:
+            TrainingInterrupted: ``should_stop`` said so; everything is saved.
+        """
+        tell = on_event or (lambda event: None)
+        for base in self.grid.base:
+            self._run_base(base, tell, should_stop)
+        own = {row.name for row in self.grid.rows}
+        records = [r for r in self.store.records() if r["row"] in own]
+        self.summary.done = sum(r["state"] == "done" for r in records)
+        self.summary.failed = [r for r in records if r["state"] == "failed"]
+        self.summary.seconds = time.perf_counter() - self._began
+        return self.summary
+
+    def open_base(self, base: str) -> Encoder:
+        """Return a base in the experiment's precision."""
+        return open_encoder(base, self.conditions.dtype, self.conditions.device)
+
+    # ------------------------------------------------------------------ one base
+
+    def _run_base(self, base: str, tell: Listener, should_stop: Callable[[], bool] | None) -> None:
+        material = Material(self.open_base(base), self.settings.data)
+        planner, missing = choose_planner(self.grid, base, material, self.store, self.settings)
+        self.summary.missing_tasks += [m for m in missing if m not in self.summary.missing_tasks]
+        self._prepare(planner)
+        done, total = self._progress(planner)
+        tell(Planned(base, done, total, missing))
+        clock = Clock(material)
+        left_out: dict[str, Run] = {}
+        while True:
+            group, others = self._claim(planner, clock, left_out)
+            if group is None and not others:
+                break
+            if group is None:
+                tell(Waiting(others))
+                _pause(should_stop)
+                continue
+            self._make(group, material, clock, tell, should_stop)
+        self.summary.left_out += [str(run) for run in left_out.values()]
+
+    def _prepare(self, planner: Planner) -> None:
+        """Copy what other experiments have, and forget failed runs that are to be made again."""
+        runs = {run.id: run.row.name for run in planner.search()}
+        if self.settings.retry_failed:
+            for run_id, state in self.store.finished().items():
+                if state == "failed":
+                    self.store.forget(run_id)
+        for directory in self.settings.reuse:
+            for _ in range(2):  # the repeats are known when the search is there
+                wanted = runs.keys() - self.store.finished().keys()
+                self.store.reuse(Store(directory), wanted, runs)
+                runs |= {run.id: run.row.name for run in planner.repeats()}
+
+    def _progress(self, planner: Planner) -> tuple[int, int]:
+        finished = self.store.finished()
+        search, repeats = planner.search(), list(planner.repeats_to_come())
+        known = {run.id for run in (*search, *planner.repeats())}
+        done = sum(run_id in finished for run_id in known)
+        return done, max(len(search) + len(repeats), done)
+
+    def _claim(
+        self, planner: Planner, clock: Clock, left_out: dict[str, Run]
+    ) -> tuple[Group | None, list[Claim]]:
+        """Return a group that is now ours; without one, the groups that others work on."""
+        with self.store.lock():
+            claims = self.store.claims()
+            for claim in claims:
+                if not claim.is_alive and (runs := planner.find(claim.runs)) is not None:
+                    group = make_group(runs, claim.lanes)
+                    self.store.claim(group.id, claim.runs, claim.lanes)
+                    return group, []
+            others = [claim for claim in claims if claim.is_alive]
+            taken = [run_id for claim in others for run_id in claim.runs]
+            while True:
+                stages = planner.waiting([*taken, *left_out])
+                runs = stages[0] or stages[1]
+                if not runs:
+                    return None, others
+                group = first_group(runs, lambda alike: self._lanes_for(alike, clock.material))
+                if self._fits(group, clock):
+                    ids = [run.id for run in group.runs]
+                    self.store.claim(group.id, ids, group.lanes)
+                    return group, []
+                left_out |= {run.id: run for run in group.runs}
+
+    def _lanes_for(self, runs: Sequence[Run], material: Material) -> int:
+        """Return how many runs of a task are trained side by side; measured once, and recorded."""
+        if self.settings.lanes != "auto":
+            return min(int(self.settings.lanes), MOST_LANES)
+        key = "/".join(str(part) for part in (runs[0].base, *runs[0].material[:2]) if part)
+        experiment = self.store.experiment()  # another process may have measured it
+        lanes: dict[str, int] = experiment["conditions"]["lanes"]
+        if key not in lanes:
+            tried = [material.lane(run) for run in runs[:MOST_LANES]]
+            # Fewer are waiting than could be: measure with copies of the last.
+            tried += [material.lane(runs[-1]) for _ in range(MOST_LANES - len(tried))]
+            lanes[key] = choose_lane_count(material.encoder, tried, MOST_LANES)
+            self.store.write_experiment(experiment)
+        return lanes[key]
+
+    def _fits(self, group: Group, clock: Clock) -> bool:
+        budget = self.settings.budget_seconds
+        if budget is None:
+            return True
+        return time.perf_counter() - self._began + clock.seconds(group) <= budget
+
+    def _make(
+        self,
+        group: Group,
+        material: Material,
+        clock: Clock,
+        tell: Listener,
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        """Train a claimed group and write its results."""
+        began = time.perf_counter()
+        try:
+            with _heartbeat(self.store, group.id):
+                tell(GroupStarted(group))
+                results = run_group(
+                    group, material, self.store, self.conditions, on_event=tell,
+                    should_stop=should_stop,
+                )  # fmt: skip
+        except TrainingInterrupted as stopped:
+            self.store.let_go(group.id)
+            raise TrainingInterrupted(
+                f"{stopped}, saved in {self.store.directory}; the same command with --resume goes "
+                "on from there"
+            ) from stopped
+        except BaseException:
+            self.store.let_go(group.id)
+            raise
+        for result in results:
+            self.store.write(result)
+        self.store.release(group.id)
+        tokens = sum(r.record["cost"]["tokens"] for r in results if "cost" in r.record)
+        clock.learn(group, tokens, time.perf_counter() - began)
+        self.summary.made += len(results)
+        tell(GroupFinished(group, results))
+
+
+def _described(
+    grid: Grid,
+    settings: Settings,
+    conditions: Conditions,
+    lanes: dict[str, int],
+    before: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return ``experiment.json``: the grid, with what was there of other rows, tasks and seeds."""
+    whole = grid.to_json()
+    for key in ("rows", "tasks"):
+        names = {entry["name"] for entry in whole[key]}
+        old = before["grid"][key] if before else []
+        whole[key] = [e for e in old if e["name"] not in names] + list(whole[key])
+        order = [entry["name"] for entry in old]
+        whole[key].sort(key=lambda e, o=order: o.index(e["name"]) if e["name"] in o else len(o))
+    for key in ("seeds", "base"):
+        old = before["grid"][key] if before else []
+        whole[key] = [*old, *(value for value in whole[key] if value not in old)]
+    return {
+        "name": grid.name,
+        "title": grid.title,
+        "base": whole["base"],
+        "recipe": grid.recipe,
+        "rows": [row["name"] for row in whole["rows"]],
+        "reference_row": grid.reference_row,
+        "tasks": [task["name"] for task in whole["tasks"]],
+        "seeds": whole["seeds"],
+        "search": grid.search,
+        "paper": grid.paper,
+        "command": settings.command if before is None else before["command"],
+        "grid": whole,
+        "conditions": {
+            "dtype": conditions.dtype, "device": conditions.device,
+            "threads": conditions.threads, "lanes": lanes,
+        },
+    }  # fmt: skip
+
+
+def choose_planner(
+    grid: Grid, base: str, material: Material, store: Store, settings: Settings
+) -> tuple[Planner, list[str]]:
+    """Return the runs on a base, and the tasks that are left out with the reason.
+
+    Raises:
+        DataError: the data of a task is not there, unless ``skip_missing``, or of all tasks.
+    """
+    missing = []
+    for task in grid.tasks:
+        if reason := _missing(task, grid, material):
+            missing.append(f"{task.name}: {reason}")
+            grid = _without(grid, task)
+    if missing and (not settings.skip_missing or not grid.tasks):
+        raise DataError("; ".join(missing))
+    return Planner(grid, base, material, store), missing
+
+
+def choose_conditions(grid: Grid, settings: Settings, before: dict[str, Any] | None) -> Conditions:
+    """Return the precision, device and threads of the experiment: those it began with.
+
+    Raises:
+        UsageError: others were asked for now.
+    """
+    if before is None:
+        return _new_conditions(grid, settings)
+    recorded = {k: before["conditions"][k] for k in ("dtype", "device", "threads")}
+    for name, asked in (
+        ("dtype", settings.dtype), ("device", settings.device), ("threads", settings.threads),
+    ):  # fmt: skip
+        if asked not in (None, "auto", recorded[name]):
+            raise UsageError(
+                f"this experiment was begun with {name} {recorded[name]}, not {asked}: leave "
+                f"--{name} out, or take another --out"
+            )
+    return Conditions(**recorded)
+
+
+def _new_conditions(grid: Grid, settings: Settings) -> Conditions:
+    device, dtype = settings.device, settings.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrices = any(row.method not in ROW_METHODS for row in grid.rows)
+    if dtype == "auto" and (grid.recipe == "paper" or matrices):
+        dtype = "fp32"
+    elif dtype == "auto":
+        dtype = open_encoder(grid.base[0], "auto", device).precision
+    return Conditions(
+        dtype=dtype, device=device, threads=settings.threads or torch.get_num_threads()
+    )
+
+
+def _check_joins(grid: Grid, before: dict[str, Any], directory: Path, settings: Settings) -> None:
+    """Refuse to go on with another experiment; other rows, tasks and seeds may be added.
+
+    Raises:
+        UsageError: it was not asked to go on, or it is another experiment.
+    """
+    if not settings.resume:
+        raise UsageError(
+            f"{directory} holds the experiment {before['name']!r}: --resume goes on with it, or "
+            "take another --out"
+        )
+    # Through JSON's shapes, lists for tuples, so that equal is equal.
+    now, then = _plain(grid.to_json()), _plain(before["grid"])
+    for key in ("name", "recipe", "epochs", "search", "options", "train_rows"):
+        if now[key] != then[key]:
+            raise UsageError(
+                f"{directory} holds an experiment with {key} {then[key]!r}, not {now[key]!r}: "
+                "take another --out"
+            )
+    for key in ("rows", "tasks"):
+        known = {entry["name"]: entry for entry in then[key]}
+        for entry in now[key]:
+            if known.get(entry["name"], entry) != entry:
+                raise UsageError(
+                    f"{directory}: {entry['name']!r} was begun with other settings: "
+                    f"{known[entry['name']]}; take another --out"
+                )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _missing(task: GridTask, grid: Grid, material: Material) -> str:
+    """Return why a task's data cannot be read; empty: it can."""
+    try:
+        for size in grid.train_rows or (task.limit,):
+            material.source(task, size, grid.seeds[0])
+    except BitfitError as error:
+        return str(error)
+    return ""
+
+
+def _without(grid: Grid, task: GridTask) -> Grid:
+    """Return the grid without a task; None of its checks is needed again."""
+    clone = object.__new__(Grid)
+    clone.__dict__.update(grid.__dict__ | {"tasks": tuple(t for t in grid.tasks if t != task)})
+    return clone
+
+
+def _pause(should_stop: Callable[[], bool] | None) -> None:
+    end = time.monotonic() + _WAIT_SECONDS
+    while time.monotonic() < end:
+        if should_stop is not None and should_stop():
+            raise TrainingInterrupted("stopped while others work on what is left")
+        time.sleep(0.2)
+
+
+@contextmanager
+def _heartbeat(store: Store, group: str) -> Iterator[None]:
+    """Say now and then that the process that works on a group lives."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            store.beat(group)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

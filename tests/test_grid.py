@@ -1,0 +1,99 @@
+"""Grids in TOML: what is read, and what is refused with its place."""
+
+import pytest
+
+from bitfit.errors import UsageError
+from bitfit.experiments.grid import builtin_grid, builtin_grids, parse_grid, read_grid
+from bitfit.training.settings import rates_to_try
+
+SMALL = """
+title = "A small one"
+tasks = ["rte", { name = "mine", data = "tickets.csv", text = "body", max_length = 64 }]
+epochs = 2
+seeds = [0, 1]
+
+[[rows]]
+name = "BitFit"
+
+[[rows]]
+name = "b_q"
+terms = "query"
+learning_rate = [1e-3, 1e-4]
+
+[[rows]]
+name = "Full-FT"
+method = "full"
+"""
+
+
+def test_a_grid_has_rows_tasks_rates_and_seeds():
+    grid = parse_grid(SMALL, "small.toml", default_name="small")
+    assert (grid.name, grid.seeds, grid.recipe, grid.reference_row) == (
+        "small", (0, 1), "paper", "BitFit",
+    )  # fmt: skip
+    assert [row.rates for row in grid.rows] == [
+        tuple(sorted(rates_to_try("bitfit"))), (1e-4, 1e-3), tuple(sorted(rates_to_try("full"))),
+    ]  # fmt: skip
+    config = grid.config(grid.rows[1], grid.tasks[1], 1e-4, 1)
+    assert (config.terms, config.epochs, config.max_length) == ("query", 2, 64)
+    assert (config.learning_rate, config.seed, config.keep) == (1e-4, 1, "best")
+    assert grid.tasks[0].data == {"task": "rte"}
+    assert grid.tasks[1].data == {"data": "tickets.csv", "text": "body"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("epochs = 2", "epoch = 2"), "unknown entry 'epoch'. Did you mean 'epochs'?"),
+        (('terms = "query"', 'term = "query"'), "row 'b_q': unknown option 'term'. Did you mean"),
+        (('name = "b_q"', 'name = "BitFit"'), "rows has an entry twice"),
+        (("[1e-3, 1e-4]", '["fast"]'), "learning_rate: 'fast'; expected a number"),
+        (("[1e-3, 1e-4]", "[3]"), "row 'b_q': learning_rate is 3"),
+        (('"rte"', '"rtee"'), "unknown task 'rtee'"),
+        (("seeds = [0, 1]", "seeds = [-1]"), "seeds: -1; expected whole numbers"),
+        (("seeds = [0, 1]", "seeds = []"), "seeds is empty"),
+        (('"full"', '"fulll"'), "row 'Full-FT': method is 'fulll'"),
+        (("epochs = 2", 'epochs = "two"'), "row 'BitFit': '<=' not supported"),
+        (("[[rows]]", "[[rows]"), "not TOML"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_file_and_entry(change, message):
+    with pytest.raises(UsageError, match=r"small\.toml") as caught:
+        parse_grid(SMALL.replace(*change, 1), "small.toml", default_name="small")
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_misuse(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_grid(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("name", builtin_grids())
+def test_the_papers_grids_are_whole(name):
+    grid = builtin_grid(name)
+    assert grid.title
+    assert grid.recipe == "paper"
+    assert grid.rows[0].name == "BitFit"
+
+
+def test_every_experiment_of_the_paper_is_there():
+    assert {
+        "table1", "table2", "table3", "table6", "figure1", "figure2", "pos", "gap", "convergence",
+        "stability",
+    } <= set(builtin_grids())  # fmt: skip
+    rows = {row.name: row.options for row in builtin_grid("table3").rows}
+    assert rows["b_m2 + b_q"]["terms"] == "intermediate,query"
+    assert rows["rand 100k"]["method"] == "random"
+    alone = [r for r in builtin_grid("terms").rows if r.name.endswith("alone")]
+    assert len(alone) == 8
+
+
+def test_tasks_rows_and_limits_narrow_a_grid():
+    grid = builtin_grid("table3").only(
+        tasks=["sst2", "wnli"], rows=["Frozen", "BitFit"], limits={"": 100, "sst2": 5000}
+    )
+    assert [task.name for task in grid.tasks] == ["sst2", "wnli"]
+    assert [task.limit for task in grid.tasks] == [5000, 100]
+    assert [row.name for row in grid.rows] == ["BitFit", "Frozen"]
+    with pytest.raises(UsageError, match=r"unknown row 'Bitfit'\. Did you mean 'BitFit'"):
+        grid.only(rows=["Bitfit"])

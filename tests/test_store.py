@@ -1,0 +1,110 @@
+"""The directory of an experiment."""
+
+import gzip
+import json
+import os
+import time
+
+import pytest
+
+from bitfit.errors import BitfitError
+from bitfit.experiments.store import STALE_SECONDS, Result, Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "here")
+    store.write_experiment({"rows": ["BitFit", "b_q"], "tasks": ["rte", "mrpc"]})
+    return store
+
+
+def result(run_id, row="BitFit", task="rte", rate=1e-3, seed=0, state="done"):
+    record = {
+        "id": run_id, "state": state, "row": row, "base": "minilm", "task": {"name": task},
+        "train_rows": None, "config": {"learning_rate": rate, "seed": seed},
+        "data": {"train": "a" * 64, "dev": "b" * 64, "seed": 0},
+    }  # fmt: skip
+    return Result(record=record, predictions={"dev": [[0, 1]]}, answers=[1, 1], task_file=b"file")
+
+
+def test_what_is_written_is_read_back(store):
+    store.write(result("01"))
+    assert store.record("01")["row"] == "BitFit"
+    assert store.predictions("01") == {"dev": [[0, 1]]}
+    assert store.answers(store.record("01")) == [1, 1]
+    assert store.task_file("01").read_bytes() == b"file"
+    assert store.predictions("02") is None
+    assert store.finished() == {"01": "done"}
+
+
+def test_records_come_by_row_task_rate_and_seed(store):
+    for run in (
+        result("05", row="b_q"), result("04", task="mrpc"), result("03", rate=1e-2),
+        result("02", seed=1), result("01"),
+    ):  # fmt: skip
+        store.write(run)
+    assert [r["id"] for r in store.records()] == ["01", "02", "03", "04", "05"]
+
+
+def test_the_same_predictions_give_the_same_bytes(store, tmp_path):
+    other = Store(tmp_path / "there")
+    for place in (store, other):
+        place.write(result("01"))
+    paths = [p.directory / "predictions" / "01.json.gz" for p in (store, other)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert json.loads(gzip.decompress(paths[0].read_bytes()))["dev"] == [[0, 1]]
+
+
+def test_a_claim_is_alive_while_its_process_is(store):
+    store.claim("group", ["01", "02"], 2)
+    (claim,) = store.claims()
+    assert (claim.runs, claim.lanes, claim.pid, claim.is_alive) == (
+        ["01", "02"], 2, os.getpid(), True,
+    )  # fmt: skip
+    store.let_go("group")
+    assert not store.claims()[0].is_alive
+    store.release("group")
+    assert store.claims() == []
+
+
+def test_a_claim_of_a_killed_process_or_a_silent_host_is_not_alive(store):
+    store.claim("group", ["01"], 1)
+    path = store.directory / "work" / "group.json"
+    note = json.loads(path.read_text())
+    path.write_text(json.dumps(note | {"pid": 2**22 - 1}))
+    assert not store.claims()[0].is_alive
+    path.write_text(json.dumps(note | {"host": "elsewhere"}))
+    assert store.claims()[0].is_alive
+    long_ago = time.time() - STALE_SECONDS - 1
+    os.utime(path, (long_ago, long_ago))
+    assert not store.claims()[0].is_alive
+    store.beat("group")
+    assert store.claims()[0].is_alive
+
+
+def test_finished_runs_are_taken_over_from_another_experiment(store, tmp_path):
+    other = Store(tmp_path / "other")
+    other.write(result("01", row="their name"))
+    other.write(result("02", state="failed"))
+    assert store.reuse(other, ["01", "02", "03"], {"01": "b_q", "02": "b_q"}) == ["01"]
+    assert store.record("01")["row"] == "b_q"
+    assert store.predictions("01") == {"dev": [[0, 1]]}
+
+
+def test_a_directory_that_is_no_experiment_is_refused(tmp_path):
+    with pytest.raises(BitfitError, match=r"is no experiment: it has no experiment\.json"):
+        Store(tmp_path).experiment()
+    (tmp_path / "experiment.json").write_text('{"format": 99}')
+    with pytest.raises(BitfitError, match="format 99; this version reads format 1"):
+        Store(tmp_path).experiment()
+    (tmp_path / "experiment.json").write_text("{")
+    with pytest.raises(BitfitError, match="cannot be read as JSON"):
+        Store(tmp_path).experiment()
+
+
+def test_a_damaged_file_of_predictions_is_named(store):
+    store.write(result("01"))
+    path = store.directory / "predictions" / "01.json.gz"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(BitfitError, match=r"01\.json\.gz: cannot be read"):
+        store.predictions("01")
