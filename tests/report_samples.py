@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 
+from bitfit.experiments.store import Store
 from bitfit.metrics import compute_metrics, majority_score
 from bitfit.tasks import Task
 
@@ -22,13 +23,13 @@ EIGHT = ("query", "key", "value", "attention_output", "attention_layernorm", "in
          "output", "output_layernorm")  # fmt: skip
 
 
-class Sample:
-    """Writes an experiment's directory; also reads it back as a store does."""
+class Sample(Store):
+    """A store that writes made-up runs."""
 
     def __init__(self, directory, **experiment):
-        self.directory = directory
+        super().__init__(directory)
         self.rows = 60
-        self._experiment = {
+        experiment = {
             "format": 1, "name": "sample", "title": "A sample", "base": ["minilm"],
             "recipe": "paper", "grid": {}, "rows": [], "reference_row": "BitFit", "tasks": [],
             "seeds": [0, 1, 2], "search": "first-seed", "paper": "table3",
@@ -37,46 +38,12 @@ class Sample:
         } | experiment  # fmt: skip
         for name in ("runs", "predictions", "references"):
             (directory / name).mkdir(parents=True, exist_ok=True)
-        self._write("experiment.json", self._experiment)
+        self._write("experiment.json", experiment)
 
     def _write(self, name, value):
         data = json.dumps(value, allow_nan=False).encode()
         path = self.directory / name
         path.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
-
-    def _read(self, name):
-        path = self.directory / name
-        if not path.exists():
-            return None
-        data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if name.endswith(".gz") else data)
-
-    # ------------------------------------------------------------------ what a store has
-
-    def experiment(self):
-        return self._read("experiment.json")
-
-    def records(self):
-        found = [json.loads(p.read_text()) for p in sorted((self.directory / "runs").iterdir())]
-        rows, tasks = self._experiment["rows"], self._experiment["tasks"]
-
-        def place(record):
-            row, task, config = record["row"], record["task"]["name"], record["config"]
-            known = (
-                rows.index(row) if row in rows else 99,
-                tasks.index(task) if task in tasks else 9,
-            )
-            return (*known, config["seed"], config["learning_rate"], record["id"])
-
-        return sorted(found, key=place)
-
-    def predictions(self, run_id):
-        return self._read(f"predictions/{run_id}.json.gz")
-
-    def answers(self, record):
-        return self._read(f"references/{record['data']['dev']}.json.gz")["answers"]
-
-    # ------------------------------------------------------------------ what a sweep writes
 
     def done(self, row, task, *, skill=0.7, seed=0, rate=1e-3, base="minilm", train_rows=None,
              epochs=3, predictions=True, constant=False, change=(), **fields):  # fmt: skip

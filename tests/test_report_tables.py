@@ -105,9 +105,10 @@ def test_a_mismatched_half_has_a_column_of_its_own(tmp_path):
 
 def test_best_rates_stand_beside_those_of_the_paper(tables):
     table = tables["rates"]
-    assert [row[0].text for row in table.rows] == ["MRPC", "RTE", "STS-B"]
-    assert [row[1].printed for row in table.rows] == [7e-4, 1e-3, 1e-4]
-    assert table.rows[0][1].value["tried"] == 2
+    assert [c.title for c in table.columns] == ["row", "MRPC", "RTE", "STS-B"]
+    assert [cell.printed for cell in table.rows[0][1:]] == [7e-4, 1e-3, 1e-4]
+    assert table.rows[0][1].text == "1e-3 / 2"
+    assert table.rows[1][1].printed is None
 
 
 # ------------------------------------------------------------------ differences
@@ -141,6 +142,23 @@ def test_other_dev_rows_are_never_paired(tmp_path):
     sample.done("Frozen", RTE, skill=0.5)
     (row,) = as_dicts(tables_of(sample)["differences"])
     assert (row["word"], row["interval"]) == ("not known", "–")
+
+
+def test_a_task_of_its_own_size_stands_in_the_row_of_the_others(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit", "Frozen"], tasks=["mrpc", "rte"])
+    for row in ("BitFit", "Frozen"):
+        sample.done(row, MRPC)
+        sample.done(row, RTE, train_rows=50)
+    sample.failed("Frozen", RTE, train_rows=50, rate=1e-2)
+    made = tables_of(sample)
+    rows = as_dicts(made["mean-paper"])
+    assert [row["row"] for row in rows] == ["BitFit", "Frozen"]
+    assert all("–" not in (row["mrpc"], row["rte"]) for row in rows)
+    assert rows[1]["failed"] == "1"
+    assert any("Trained on a part of the rows: RTE 50." in n for n in made["mean-paper"].notes)
+    assert as_dicts(made["scores"])[1]["train_rows"] == "50"
+    assert len(made["differences"].rows) == 2
+    assert "curves" not in made
 
 
 def test_lines_are_compared_on_their_own_base_and_size(tmp_path):
@@ -264,6 +282,16 @@ def test_leaving_out_a_term_is_checked_against_the_theory(tmp_path):
     assert (key["without"], key["with"], key["word"]) == ("no b_k", "all eight", "within noise")
     assert key["verdict"] == "not contradicted"
     assert (value["word"], value["verdict"]) == ("behind", "contradicted")
+
+
+def test_b_v_is_checked_without_b_k_too(tmp_path):
+    less = tuple(t for t in EIGHT if t not in ("key", "value"))
+    sample = Sample(tmp_path, rows=["all", "no b_v"], tasks=["rte"], reference_row="all")
+    sample.done("all", RTE, change=EIGHT)
+    sample.done("no b_v", RTE, change=less)
+    (row,) = as_dicts(tables_of(sample)["theory"])
+    assert row["prediction"] == "b_v is absorbed by b_m1"
+    assert any("the dropout of the base" in note for note in tables_of(sample)["theory"].notes)
 
 
 def test_the_eight_terms_are_known_by_name_where_no_change_was_recorded(tmp_path):

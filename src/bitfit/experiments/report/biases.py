@@ -100,11 +100,12 @@ def trained_terms(record: Mapping[str, Any]) -> frozenset[str]:
 def leave_one_out(results: Results) -> list[tuple[str, Line, Line]]:
     """Return ``(term, line without it, line with it)`` for each term of :data:`PREDICTIONS`.
 
-    Of all that differ in this term alone, those with the most terms.
+    Of all that differ in this term alone, those with the most terms. For b_v it does not matter
+    whether b_k is trained.
     """
     terms: dict[Line, frozenset[str]] = {}
     for record in results.done:
-        line = Line(record["row"], record["base"], record["train_rows"])
+        line = results.line_of(record)
         terms.setdefault(line, trained_terms(record))
     found = []
     for term in PREDICTIONS:
@@ -113,14 +114,18 @@ def leave_one_out(results: Results) -> list[tuple[str, Line, Line]]:
             for more in results.lines
             for less in results.lines
             if (more.base, more.train_rows) == (less.base, less.train_rows)
-            and terms.get(less)
-            and terms.get(more) == terms[less] | {term}
-            and term not in terms[less]
-            and (term != "value" or "attention_output" in terms[less])
+            and _differ_in(term, terms.get(less), terms.get(more))
         ]
-        most = max((len(terms[less]) for _, less, _ in pairs), default=0)
-        found += [pair for pair in pairs if len(terms[pair[1]]) == most]
+        most = max((len(terms[less] | terms[more]) for _, less, more in pairs), default=0)
+        found += [pair for pair in pairs if len(terms[pair[1]] | terms[pair[2]]) == most]
     return found
+
+
+def _differ_in(term: str, less: frozenset[str] | None, more: frozenset[str] | None) -> bool:
+    if not less or not more or term in less or term not in more:
+        return False
+    rest = {term, "key"}
+    return less - rest == more - rest and (term == "key" or "attention_output" in less)
 
 
 def theory_table(draws: Draws) -> Table | None:
@@ -146,9 +151,19 @@ def theory_table(draws: Draws) -> Table | None:
         "exactly so only without dropout on the attention weights.",
         "An interval around zero does not prove that nothing changes: the largest difference that "
         "the data allow is its farther end.",
+        _dropout_note(results),
         correction_note(found, draws.resamples),
     )
     return Table("theory", "Two predictions of the theory", columns, tuple(rows), notes, heads=4)
+
+
+def _dropout_note(results: Results) -> str:
+    found = {record["config"].get("attention_dropout") for record in results.done}
+    if found == {0.0}:
+        return "In these runs the attention weights had no dropout."
+    if 0.0 in found:
+        return "In some of these runs the attention weights had no dropout, in others they had."
+    return "In these runs the attention weights had the dropout of the base."
 
 
 def _theory_row(results: Results, term: str, comparison: Comparison) -> tuple[Cell, ...]:

@@ -98,7 +98,7 @@ def stability_table(results: Results) -> Table | None:
             Cell(scores.mean_text().split(" ± ")[0], scores.cell().value, scores.runs),
             score(scores.spread), score(scores.least), score(scores.best),
             Cell(f"{bad} of {len(runs)} ({100 * bad / len(runs):.0f} %)", bad / len(runs)),
-            number(_failed_at(results, line, task, found)),
+            number(results.failures(line, task, found)),
         ))  # fmt: skip
     columns = (*_NAMES, Column("rate", "rate"), Column("seeds", "seeds"), Column("mean", "mean"),
                Column("sd", "sd"), Column("least", "min"), Column("best", "max"),
@@ -177,15 +177,6 @@ def _best(runs: Sequence[Mapping[str, Any]], metric: str) -> Summary:
     return Summary(
         tuple(to_float(run["scores"].get(metric)) for run in runs),
         tuple(run["id"] for run in runs),
-    )
-
-
-def _failed_at(results: Results, line: Line, task: str, found: float) -> int:
-    return sum(
-        (r["row"], r["base"], r["train_rows"]) == (line.row, line.base, line.train_rows)
-        and r["task"]["name"] == task
-        and r["config"]["learning_rate"] == found
-        for r in results.failed
     )
 
 

@@ -241,7 +241,8 @@ def detail_table(draws: Draws) -> Table | None:
         Column("row", "row", False), Column("task", "task", False),
         Column("metric", "metric", False), Column("rate", "rate"), Column("seeds", "seeds"),
         Column("best", "best"), Column("mean", "mean"), Column("sd", "sd"),
-        Column("error", "error of one run"), Column("dev_rows", "dev rows"),
+        Column("error", "error of one run"), Column("train_rows", "training rows"),
+        Column("dev_rows", "dev rows"),
         Column("split_rate", "rate (split)"), Column("split_mean", "mean (split)"),
         Column("split_sd", "sd (split)"), Column("failed", "failed"),
         Column("runs", "runs", False),
@@ -261,7 +262,7 @@ def _detail(draws: Draws, line: Line, task: str) -> tuple[Cell, ...] | None:
     failed = results.failures(line, task)
     if not (paper.scores or failed):
         return None
-    rows = {c.record["rows"]["dev"] for c in results.choices("paper", line, task)}
+    choices = results.choices("paper", line, task)
     return (
         text(results.label(line)),
         text(task_title(task)),
@@ -272,13 +273,19 @@ def _detail(draws: Draws, line: Line, task: str) -> tuple[Cell, ...] | None:
         Cell(paper.mean_text().split(" ± ")[0], none_if_nan(paper.mean), paper.runs),
         score(paper.spread),
         score(draws.standard_error("paper", task, paper.runs)),
-        Cell(" / ".join(f"{n:,}" for n in sorted(rows)) or DASH, sorted(rows)),
+        _row_count(choices, "train"),
+        _row_count(choices, "dev"),
         _rate(results, "split", line, task),
         Cell(split.mean_text().split(" ± ")[0], none_if_nan(split.mean), split.runs),
         score(split.spread),
         number(failed),
         Cell(", ".join(paper.runs) or DASH, list(paper.runs), paper.runs),
     )
+
+
+def _row_count(choices: Sequence[protocol.Choice], split: str) -> Cell:
+    counts = sorted({c.record["rows"][split] for c in choices})
+    return Cell(" / ".join(f"{n:,}" for n in counts) or DASH, counts)
 
 
 def _rate(results: Results, way: str, line: Line, task: str) -> Cell:

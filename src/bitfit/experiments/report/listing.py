@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitfit.experiments.report.paper import task_title
-from bitfit.experiments.report.results import Results, line_of, to_float
+from bitfit.experiments.report.results import Results, to_float
 from bitfit.experiments.report.table import Cell, Column, Table, number, rate, score, text
 
 
@@ -49,7 +49,7 @@ _NAMES = (Column("row", "row", False), Column("task", "task", False), Column("ra
 
 def _names(results: Results, record: Mapping[str, Any]) -> tuple[Cell, ...]:
     return (
-        text(results.label(line_of(record))),
+        text(results.label(results.line_of(record))),
         text(task_title(record["task"]["name"])),
         rate(record["config"].get("learning_rate")),
         Cell(str(record["config"].get("seed")), record["config"].get("seed")),

@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from bitfit.experiments.report.figures import Drawing
-from bitfit.experiments.report.results import Results, line_of
+from bitfit.experiments.report.results import Results
 from bitfit.experiments.report.scores import printed_text
 from bitfit.experiments.report.table import Cell, Column, Table, rate_text
 from bitfit.experiments.report.words import Section
@@ -237,7 +237,7 @@ def _runs(results: Results, runs: str) -> str:
 def _run(results: Results, record: Mapping[str, Any], runs: str) -> str:
     """Return a run's entry: what it is, the command that repeats it, its record."""
     run = str(record["id"])
-    name = f"{results.label(line_of(record))}, {_short(record).split(', ', 1)[1]}"
+    name = f"{results.label(results.line_of(record))}, {_short(record).split(', ', 1)[1]}"
     state = "" if record["state"] == "done" else f", {record['state']}: {record.get('error')}"
     command = record.get("command")
     whole = json.dumps(record, ensure_ascii=False, indent=1)

@@ -47,7 +47,7 @@ class Line:
     row: str
     base: str
     train_rows: int | None
-    """As asked for; None: all."""
+    """As asked for, None: all. Of an experiment where each task has one size: None."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,33 @@ class Results:
         """Every line that has a record, by row, base and number of training rows."""
         rows = _ordered(self.experiment.get("rows"), (r["row"] for r in self.records))
         bases = _ordered(self.experiment.get("base"), (r["base"] for r in self.records))
-        found = {line_of(record) for record in self.records}
+        found = {self.line_of(record) for record in self.records}
         return tuple(
             sorted(
                 found,
                 key=lambda x: (bases.index(x.base), rows.index(x.row), _size(x.train_rows)),
             )
         )
+
+    @cached_property
+    def has_sizes(self) -> bool:
+        """Whether a task was trained on several numbers of rows, as for a learning curve."""
+        sizes: dict[str, set[int | None]] = {}
+        for record in self.records:
+            sizes.setdefault(record["task"]["name"], set()).add(record["train_rows"])
+        return any(len(found) > 1 for found in sizes.values())
+
+    def line_of(self, record: Record) -> Line:
+        """Return the line of a record."""
+        size = record["train_rows"] if self.has_sizes else None
+        return Line(record["row"], record["base"], size)
+
+    def limits(self) -> dict[str, int]:
+        """Return the tasks that were trained on a part of their rows, with its size."""
+        if self.has_sizes:
+            return {}
+        sizes = {r["task"]["name"]: r["train_rows"] for r in self.records}
+        return {task: sizes[task] for task in self.tasks if sizes[task] is not None}
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
@@ -121,7 +141,7 @@ class Results:
         parts = [line.row]
         if len({x.base for x in self.lines}) > 1:
             parts.append(self.bases[line.base])
-        if len({x.train_rows for x in self.lines}) > 1:
+        if self.has_sizes:
             parts.append("all rows" if line.train_rows is None else f"{line.train_rows:,} rows")
         return ", ".join(parts)
 
@@ -161,7 +181,8 @@ class Results:
             line: the line.
             task: the name of the task.
         """
-        return self._chosen[way].get((line.row, line.base, task, line.train_rows), [])
+        size = line.train_rows if self.has_sizes else self.limits().get(task)
+        return self._chosen[way].get((line.row, line.base, task, size), [])
 
     def summary(self, way: str, line: Line, column: TaskColumn) -> Summary:
         """Return the scores of a cell over its seeds."""
@@ -178,12 +199,15 @@ class Results:
 
     def runs(self, line: Line, task: str) -> list[dict[str, Any]]:
         """Return every finished run of a cell, at any rate."""
-        return [r for r in self.done if (line_of(r), r["task"]["name"]) == (line, task)]
+        return [r for r in self.done if (self.line_of(r), r["task"]["name"]) == (line, task)]
 
-    def failures(self, line: Line, task: str) -> int:
-        """Return how many runs of a cell failed."""
-        cells = [(line_of(r), r["task"]["name"]) for r in self.failed]
-        return cells.count((line, task))
+    def failures(self, line: Line, task: str, rate: float | None = None) -> int:
+        """Return how many runs of a cell failed, at one rate or at any."""
+        return sum(
+            (self.line_of(r), r["task"]["name"]) == (line, task)
+            and rate in (None, r["config"]["learning_rate"])
+            for r in self.failed
+        )
 
     def by_rate(self, line: Line, task: str) -> dict[float, list[dict[str, Any]]]:
         """Return the finished runs of a cell by learning rate, rates rising."""
@@ -199,10 +223,10 @@ class Results:
         """
         if isinstance(self.experiment.get("planned"), int):
             return max(0, int(self.experiment["planned"]) - len(self.records))
-        sizes = {r["train_rows"] for r in self.records} or {None}
+        sizes = {line.train_rows for line in self.lines} or {None}
         axes = (self.experiment.get(key) or [] for key in ("rows", "base", "tasks", "seeds"))
         rows, bases, tasks, seeds = axes
-        have = {(line_of(r), r["task"]["name"], r["config"]["seed"]) for r in self.records}
+        have = {(self.line_of(r), r["task"]["name"], r["config"]["seed"]) for r in self.records}
         wanted = {
             (Line(row, base, size), task, seed)
             for row in rows for base in bases for size in sizes for task in tasks for seed in seeds
@@ -213,11 +237,6 @@ class Results:
     def _mismatched(record: Record) -> Mapping[str, Any]:
         found: Mapping[str, Any] = (record.get("more") or {}).get(MISMATCHED) or {}
         return found
-
-
-def line_of(record: Record) -> Line:
-    """Return the line of a record."""
-    return Line(record["row"], record["base"], record["train_rows"])
 
 
 def to_float(value: float | None) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from bitfit.experiments.report.differences import WAYS
 from bitfit.experiments.report.paper import (
+    paper_base,
     printed_rate,
     printed_row,
     printed_score,
@@ -76,6 +77,9 @@ def _wide(
         columns.append(Column("failed", "failed runs"))
     metrics = ", ".join(f"{c.title} {c.metric}" for c in results.columns)
     extra = [f"Metrics, times 100: {metrics}."]
+    limits = ", ".join(f"{task_title(t)} {n:,}" for t, n in results.limits().items())
+    if limits:
+        extra.append(f"Trained on a part of the rows: {limits}.")
     if len(results.columns) > 1:
         extra.append("average: the mean of the columns, where none is missing.")
     base, where = _printed_base(results)
@@ -112,43 +116,41 @@ def _printed_base(results: Results) -> tuple[str, str]:
 
 
 def rate_table(results: Results) -> Table | None:
-    """Return the chosen rates in the shape of the paper's Table 6: tasks in rows."""
-    if not results.done:
-        return None
+    """Return the chosen rates, with those of the paper's Table 6 beside."""
+    columns = [c for c in results.columns if c.split == "dev"]
     lines = [line for line in results.lines if any(results.runs(line, t) for t in results.tasks)]
-    rows = []
-    for task in results.tasks:
-        cells = [text(task_title(task))]
-        for line in lines:
-            cells += [_rate_cell(results, way, line, task) for way in WAYS]
-        rows.append(tuple(cells))
-    columns = [Column("task", "task", False)]
-    for line in lines:
-        label = results.label(line)
-        columns += [Column(label, label), Column(f"{label} (split)", f"{label} (split)")]
+    rows = tuple(
+        (text(results.label(line)), *(_rate_cell(results, line, c.task) for c in columns))
+        for line in lines
+    )
+    if not rows:
+        return None
     notes = [
         "The rate with the best mean dev score over the seeds that every rate was run with; of "
-        "equal ones the smallest. Plain: protocol paper, (split): protocol split.",
-        "After a slash: how many rates were tried, where more than one.",
+        "equal ones the smallest (protocol paper). After a slash: how many were tried. The table "
+        "of every score has the rates of the protocol split.",
     ]
-    if results.paper and any(c.printed is not None for row in rows for c in row):
-        notes.append("In brackets: Table 6 of the paper.")
-    return Table("rates", "Best learning rates", tuple(columns), tuple(rows), tuple(notes))
+    base = ""
+    if any(cell.printed is not None for row in rows for cell in row):
+        base = ", ".join(dict.fromkeys(paper_base(line.base) or "BERT-base" for line in lines))
+        notes.append(f"In brackets: the paper's Table 6, {base} (anonymous ACL submission).")
+    heads = (Column("row", "row", False), *(Column(c.key, c.title) for c in columns))
+    return Table(
+        "rates", "Best learning rates", heads, rows, tuple(notes), is_wide=True, printed_base=base
+    )
 
 
-def _rate_cell(results: Results, way: str, line: Line, task: str) -> Cell:
-    choices = results.choices(way, line, task)
+def _rate_cell(results: Results, line: Line, task: str) -> Cell:
+    choices = results.choices("paper", line, task)
     if not choices:
         return Cell()
     found = choices[0].record["config"]["learning_rate"]
     tried = len(results.by_rate(line, task))
-    cell = rate(found)
-    printed = printed_rate(line.row, task, line.base) if results.paper else None
     return Cell(
-        cell.text + (f" / {tried}" if tried > 1 else ""),
+        rate(found).text + (f" / {tried}" if tried > 1 else ""),
         {"rate": found, "tried": tried},
         tuple(c.record["id"] for c in choices),
-        printed if way == "paper" else None,
+        printed_rate(line.row, task, line.base) if results.paper else None,
     )
 
 

@@ -74,6 +74,10 @@ def _setup(results: Results) -> list[str]:
     if experiment.get("conditions"):
         lines.append(f"Conditions: {_value(experiment['conditions'])}.")
     lines += [f"Environment: {line}." for line in environments(results)]
+    lines += [
+        f"{task_title(task)}: {size:,} of its training rows."
+        for task, size in results.limits().items()
+    ]
     if results.paper:
         lines.append(f"Printed numbers: {paper_source()}.")
     return lines
@@ -151,7 +155,7 @@ def _order(
     shown = " > ".join(f"{x.row} {points(means[x])}" for x in known)
     where = [task_title(task)]
     where += [results.bases[base]] if len(results.bases) > 1 else []
-    if len({x.train_rows for x in results.lines}) > 1:
+    if results.has_sizes:
         where.append("all rows" if train_rows is None else f"{train_rows:,} rows")
     sentence = f"{', '.join(where)}: {shown}."
     return sentence + _beside_the_paper(results, words, means, known, task)
