@@ -389,3 +389,13 @@ def test_numbers_are_written_as_readers_expect():
     assert Summary((0.5,)).mean_text() == "50.0"
     assert Summary((0.5, 0.7)).mean_text() == "60.0 ± 14.1"
     assert Summary(()).mean_text() == "–"
+
+
+def test_rows_that_differ_in_the_term_alone_are_preferred(tmp_path):
+    rows = {"all": EIGHT, "no b_k": tuple(t for t in EIGHT if t != "key"),
+            "no b_v": tuple(t for t in EIGHT if t != "value")}  # fmt: skip
+    sample = Sample(tmp_path, rows=list(rows), tasks=["rte"], reference_row="all")
+    for row, terms in rows.items():
+        sample.done(row, RTE, change=terms)
+    found = [(row["without"], row["with"]) for row in as_dicts(tables_of(sample)["theory"])]
+    assert found == [("no b_k", "all"), ("no b_v", "all")]

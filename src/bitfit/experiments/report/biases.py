@@ -100,8 +100,8 @@ def trained_terms(record: Mapping[str, Any]) -> frozenset[str]:
 def leave_one_out(results: Results) -> list[tuple[str, Line, Line]]:
     """Return ``(term, line without it, line with it)`` for each term of :data:`PREDICTIONS`.
 
-    Of all that differ in this term alone, those with the most terms. For b_v it does not matter
-    whether b_k is trained.
+    Of all that differ in this term alone, those with the most terms. Where none does, b_v is
+    looked at in rows that differ in b_k, too, as that changes nothing.
     """
     terms: dict[Line, frozenset[str]] = {}
     for record in results.done:
@@ -116,6 +116,8 @@ def leave_one_out(results: Results) -> list[tuple[str, Line, Line]]:
             if (more.base, more.train_rows) == (less.base, less.train_rows)
             and _differ_in(term, terms.get(less), terms.get(more))
         ]
+        exact = [pair for pair in pairs if terms[pair[2]] == terms[pair[1]] | {term}]
+        pairs = exact or pairs
         most = max((len(terms[less] | terms[more]) for _, less, more in pairs), default=0)
         found += [pair for pair in pairs if len(terms[pair[1]] | terms[pair[2]]) == most]
     return found

@@ -240,7 +240,8 @@ def _run(results: Results, record: Mapping[str, Any], runs: str) -> str:
     name = f"{results.label(results.line_of(record))}, {_short(record).split(', ', 1)[1]}"
     state = "" if record["state"] == "done" else f", {record['state']}: {record.get('error')}"
     command = record.get("command")
-    whole = json.dumps(record, ensure_ascii=False, indent=1)
+    parts = (f'  "{key}": {json.dumps(record[key], ensure_ascii=False)}' for key in record)
+    whole = "{\n" + ",\n".join(parts) + "\n}"
     return (
         f'<article class="run" id="run-{escape(run)}">\n'
         f"<h3>{escape(name)}{escape(state)}</h3>\n"

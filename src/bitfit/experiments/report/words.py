@@ -85,7 +85,8 @@ def _setup(results: Results) -> list[str]:
 
 def _value(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_value(value[key])}" for key in sorted(value))
+        known = {key: found for key, found in value.items() if found not in ({}, [], None)}
+        return ", ".join(f"{key} {_value(known[key])}" for key in sorted(known))
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -101,8 +102,13 @@ def _noise(draws: Draws, comparisons: Sequence[Comparison]) -> list[str]:
             if found:
                 lines.append(_noise_of(results, task, found))
     if lines:
+        together = (
+            f"all {len(comparisons)} comparisons together"
+            if len(comparisons) > 1
+            else "the one comparison"
+        )
         lines.append(
-            f"'ahead' and 'behind' hold for all {len(comparisons)} comparisons together at 95 %. "
+            f"'ahead' and 'behind' hold for {together} at 95 %. "
             "Epoch and rate were chosen on the dev rows that also report (protocol paper)."
         )
     return lines
