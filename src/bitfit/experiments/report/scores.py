@@ -84,7 +84,7 @@ def _wide(
     base, where = _printed_base(results)
     if base:
         extra.append(
-            f"In brackets: the paper's {where}, {base}, on dev (anonymous ACL submission)."
+            f"In brackets (on the page marked 'paper'): the paper's {where}, {base}, on dev (anonymous ACL submission)."
         )
     return Table(
         key, title, tuple(columns), tuple(rows), (*notes, *extra), is_wide=True, printed_base=base
@@ -133,7 +133,9 @@ def rate_table(results: Results) -> Table | None:
     if any(cell.printed is not None for row in rows for cell in row):
         bases = (printed_rates(line.row, line.base)[0] for line in lines)
         base = ", ".join(dict.fromkeys(found for found in bases if found))
-        notes.append(f"In brackets: the paper's Table 6, {base} (anonymous ACL submission).")
+        notes.append(
+            f"In brackets (on the page marked 'paper'): the paper's Table 6, {base} (anonymous ACL submission)."
+        )
     heads = (Column("row", "row", False), *(Column(c.key, c.title) for c in columns))
     return Table(
         "rates", "Best learning rates", heads, rows, tuple(notes), is_wide=True, printed_base=base
