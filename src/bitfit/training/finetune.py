@@ -31,7 +31,7 @@ from bitfit.training.plan import (
     plan_run,
 )
 from bitfit.training.processes import Processes, join_processes, own_device
-from bitfit.training.settings import ROW_METHODS, TrainConfig
+from bitfit.training.settings import ROW_METHODS, SPAN_MAX_LENGTH, TrainConfig
 from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer, recorded_conditions
 
 
@@ -147,6 +147,8 @@ def finetune(
     encoder, processes = _open(base, dtype, own_device(device), revision, trust_remote_code)
     check_dtype(encoder, dtype)
     encoder.low_memory = low_memory
+    if task.kind == "span" and options.get("max_length") is None:
+        config = config.replace(max_length=SPAN_MAX_LENGTH)
     config = config.replace(max_length=encoder.clamp_length(config.max_length))
     splits = {
         split: _featurize(encoder, task, examples, config.max_length)
@@ -169,7 +171,7 @@ def finetune(
         trainer.keep(best)
         file = make_task_file(
             trainer, best, splits, data_hash=hashes["train"], train_score=train_score,
-            source=_source(data_config, dataset), storage=storage, licence=licence,
+            source=data_source(data_config, dataset), storage=storage, licence=licence,
             description=description,
         )  # fmt: skip
         if out is not None and processes.is_main:
@@ -227,7 +229,7 @@ def _make_lanes(
     ]  # fmt: skip
 
 
-def _source(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
+def data_source(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
     """Return what ``bitfit eval`` needs to read the same data, and to find the rows held out."""
     found: dict[str, Any] = {}
     if config.builtin is not None:  # the task may go by another name

@@ -32,6 +32,9 @@ OUR_RATES: dict[str, tuple[float, ...]] = {
     "peft:layernorm": (1e-4, 3e-4, 1e-3, 3e-3),
 }
 
+# Questions with their contexts are longer than other texts: the usual window of SQuAD's.
+SPAN_MAX_LENGTH = 384
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -64,7 +67,7 @@ class TrainConfig:
     class_weights: str | None = None
     """``balanced`` weighs each class by the inverse of its frequency; None: all alike."""
     max_length: int = 128
-    """Tokens in a sequence, specials included; longer texts are cut."""
+    """Tokens in a sequence, specials included; longer texts are cut. Span tasks: 384."""
     pooling: str = "auto"
     """``auto``, ``pooler``, ``cls`` or ``mean``."""
     attention_dropout: float | None = None

@@ -1,0 +1,281 @@
+"""Sweeps: nothing is lost, nothing is made twice, and two processes may share the work."""
+
+import json
+import multiprocessing
+import random
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sweeping
+from sweeping import small_grid, small_sweep
+
+from bitfit.cli.app import run
+from bitfit.data import DataConfig, read_dataset
+from bitfit.errors import DataError, TrainingInterrupted, UsageError
+from bitfit.experiments.dry_run import dry_run
+from bitfit.experiments.grid import Row
+from bitfit.experiments.protocol import choose, paper_scores, task_of
+from bitfit.experiments.store import Store
+from bitfit.experiments.sweep import GroupFinished, GroupStarted, Settings, Sweep
+from bitfit.metrics import compute_metrics
+from bitfit.taskfile import TaskFile
+from bitfit.tasks import references
+from bitfit.training.train import StepDone
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+    lines = ["body,intent"]
+    for i in range(40):
+        words = draw.choices("the a film bike order is was very we it this that".split(), k=4)
+        word = draw.choice((["good", "nice", "fast"], ["bad", "broken", "late"])[i % 2])
+        lines.append(f"{' '.join([*words[:2], word, *words[2:]])},{('praise', 'complaint')[i % 2]}")
+    (folder / "tickets.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, data, tmp_path_factory):
+    """A sweep that was never disturbed: its directory and how it ended."""
+    out = tmp_path_factory.mktemp("experiments") / "whole"
+    return out, small_sweep(checkpoint(), str(data), str(out), resume=False).run()
+
+
+def essence(directory):
+    """All that a report says but for what was measured by the clock."""
+    found = {}
+    for record in Store(directory).records():
+        kept = {k: v for k, v in record.items() if k not in ("cost", "environment")}
+        found[record["id"]] = json.dumps(kept, sort_keys=True)
+    for folder in ("predictions", "references", "tasks"):
+        for path in (Path(directory) / folder).iterdir():
+            found[f"{folder}/{path.name}"] = path.read_bytes()
+    return found
+
+
+def test_rates_are_searched_with_the_first_seed_and_repeated_with_the_others(finished):
+    out, summary = finished
+    records = Store(out).records()
+    runs = {(r["row"], r["config"]["learning_rate"], r["config"]["seed"]) for r in records}
+    searched = {run for run in runs if run[2] == 0}
+    assert len(searched) == 6
+    for row in ("BitFit", "Frozen", "Full-FT"):
+        # By two protocols, which may choose two rates.
+        rates = {rate for name, rate, seed in runs if name == row and seed > 0}
+        assert 1 <= len(rates) <= 2
+        assert {(row, rate, seed) for rate in rates for seed in (0, 1, 2)} <= runs
+        paper = next(c for cell, c in choose(records, paper_scores).items() if cell[0] == row)
+        assert paper[0].record["config"]["learning_rate"] in rates
+        assert [c.record["config"]["seed"] for c in paper] == [0, 1, 2]
+    assert (summary.made, summary.done, summary.failed) == (len(runs), len(runs), [])
+
+
+def test_a_record_says_what_its_predictions_say(finished, data):
+    store = Store(finished[0])
+    records = store.records()
+    dev = read_dataset(
+        DataConfig(data=data / "tickets.csv", text="body", label="intent", dev_fraction=0.4)
+    ).splits["dev"]
+    for record in records:
+        predictions, answers = store.predictions(record["id"]), store.answers(record)
+        assert answers == references(dev)
+        scores = [compute_metrics(task_of(record), p, answers) for p in predictions["dev"]]
+        assert [e["dev"] for e in record["history"]] == scores
+        assert record["scores"] == scores[record["best_epoch"] - 1]
+        assert set(record["train_scores"]) == {"accuracy", "f1_macro"}
+        assert record["rows"] == {"train": 24, "dev": 16}
+        assert record["cost"]["tokens"] > 0
+
+
+def test_rows_of_biases_leave_a_task_file_and_their_change(finished, checkpoint):
+    store = Store(finished[0])
+    for record in store.records():
+        path = store.task_file(record["id"])
+        assert path.is_file() == (record["row"] != "Full-FT")
+        assert (record["change"] is not None) == (record["row"] == "BitFit")
+        if path.is_file():
+            file = TaskFile.load(path)
+            assert file.scores["accuracy"] == record["scores"]["accuracy"]
+            assert record["cost"]["task_bytes"] == path.stat().st_size
+
+
+def test_a_finished_sweep_repeats_nothing(finished, checkpoint, data):
+    before = {p: p.stat().st_mtime_ns for p in finished[0].rglob("*.json") if "runs" in p.parts}
+    events = []
+    summary = small_sweep(checkpoint(), str(data), str(finished[0])).run(events.append)
+    assert summary.made == 0
+    assert not any(isinstance(e, GroupStarted) for e in events)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_the_command_of_a_record_makes_the_run_again(finished, checkpoint, capsys):
+    record = next(r for r in Store(finished[0]).records() if r["row"] == "BitFit")
+    words = shlex.split(record["command"])
+    out = Path(finished[0]).parent / "again.bitfit.safetensors"
+    assert run([*words[1:], "--out", str(out), "--quiet"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["score"] == pytest.approx(record["scores"]["accuracy"])
+    assert again["best_epoch"] == record["best_epoch"]
+    assert again["scores"]["train_accuracy"] == pytest.approx(record["train_scores"]["accuracy"])
+
+
+def test_a_sweep_killed_at_any_moment_gives_what_an_undisturbed_one_gives(
+    finished, checkpoint, data, tmp_path
+):
+    """kill -9, then the same again, until it is done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sweeping"])
+    out, moments = tmp_path / "killed", random.Random(1)
+    kills = 0
+    for attempt in range(60):
+        process = context.Process(
+            target=sweeping.run_small, args=(checkpoint(), str(data), str(out))
+        )
+        process.start()
+        process.join(moments.uniform(0.3, 1.5) if attempt < 40 else 120)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            continue
+        assert process.exitcode == 0
+        break
+    assert kills >= 3
+    assert essence(out) == essence(finished[0])
+    assert list((out / "work").iterdir()) == []
+
+
+def test_two_processes_share_a_directory_and_make_each_run_once(
+    finished, checkpoint, data, tmp_path
+):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sweeping"])
+    out = tmp_path / "shared"
+    arguments = checkpoint(), str(data), str(out)
+    both = [context.Process(target=sweeping.run_small, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+        assert process.exitcode == 0
+    # The groups may differ from those of one process, and so the last bits: the runs may not.
+    whole = {r["id"] for r in Store(finished[0]).records()}
+    assert {r["id"] for r in Store(out).records()} >= {
+        r["id"] for r in Store(finished[0]).records() if r["config"]["seed"] == 0
+    }
+    assert len(whole) == len(Store(out).records())
+
+
+def test_stopping_keeps_the_state_and_going_on_ends_the_same(finished, checkpoint, data, tmp_path):
+    out, steps = tmp_path / "stopped", []
+    sweep = small_sweep(checkpoint(), str(data), str(out), resume=False)
+
+    def count(event):
+        steps.append(isinstance(event, StepDone))
+
+    with pytest.raises(TrainingInterrupted, match="the same command with --resume"):
+        sweep.run(count, lambda: sum(steps) == 4)
+    assert len(Store(out).claims()) == 1
+    assert not Store(out).claims()[0].is_alive
+    small_sweep(checkpoint(), str(data), str(out)).run()
+    assert essence(out) == essence(finished[0])
+
+
+def test_a_failed_run_is_recorded_and_does_not_stop_the_others(checkpoint, data, tmp_path):
+    grid = small_grid(checkpoint(), seeds=(0,))
+    broken = Row(name="No such layer", options={"terms": "query@7"}, learning_rate=(1e-3,))
+    wild = Row(name="Wild", options={"method": "bitfit", "max_grad_norm": 0.0,
+                                     "adam_eps": 0.0}, learning_rate=(1.0,))  # fmt: skip
+    grid = replace(grid, rows=(grid.rows[0], broken, wild))
+    summary = Sweep(grid, tmp_path / "out", Settings(data=data, lanes=4, threads=1)).run()
+    failed = {r["row"]: r["error"] for r in summary.failed}
+    assert "7" in failed["No such layer"]
+    assert {r["row"] for r in Store(tmp_path / "out").records() if r["state"] == "done"} >= {
+        "BitFit"
+    }
+    again = Sweep(
+        grid, tmp_path / "out",
+        Settings(data=data, lanes=4, threads=1, resume=True, retry_failed=True),
+    ).run()  # fmt: skip
+    assert again.made == len(failed)
+
+
+def test_another_experiment_is_not_written_into_a_directory(finished, checkpoint, data):
+    out, settings = finished[0], Settings(data=data, threads=1, resume=True)
+    with pytest.raises(UsageError, match="--resume goes on with it"):
+        Sweep(small_grid(checkpoint()), out, Settings(data=data, threads=1))
+    with pytest.raises(UsageError, match="with epochs 2, not 3"):
+        Sweep(small_grid(checkpoint(), epochs=3), out, settings)
+    with pytest.raises(UsageError, match="begun with threads 1, not 2"):
+        Sweep(small_grid(checkpoint()), out, Settings(data=data, threads=2, resume=True))
+
+
+def test_a_budget_leaves_out_what_does_not_fit_and_says_so(checkpoint, data, tmp_path):
+    settings = Settings(data=data, threads=1, lanes=2, budget_seconds=0.0)
+    summary = Sweep(small_grid(checkpoint()), tmp_path / "out", settings).run()
+    assert summary.made == 0
+    assert summary.left_out[0] == "BitFit on tickets, rate 0.0001, seed 0"
+    assert len(summary.left_out) >= 6
+
+
+def test_missing_data_is_refused_or_left_out(checkpoint, data, tmp_path):
+    grid = small_grid(checkpoint()).only(tasks=["tickets", "rte"])
+    with pytest.raises(DataError, match="rte: "):
+        Sweep(grid, tmp_path / "a", Settings(data=data, threads=1)).run()
+    settings = Settings(data=data, threads=1, lanes=2, skip_missing=True, budget_seconds=0.0)
+    summary = Sweep(grid, tmp_path / "b", settings).run()
+    assert summary.missing_tasks[0].startswith("rte: ")
+
+
+def test_runs_are_copied_from_an_experiment_that_has_them(finished, checkpoint, data, tmp_path):
+    settings = Settings(data=data, threads=1, lanes=2, reuse=[finished[0]])
+    summary = Sweep(small_grid(checkpoint()), tmp_path / "out", settings).run()
+    assert summary.made == 0
+    assert essence(tmp_path / "out") == essence(finished[0])
+
+
+def test_a_dry_run_counts_what_is_left_and_writes_nothing(finished, checkpoint, data, tmp_path):
+    out = tmp_path / "none"
+    plan = dry_run(small_grid(checkpoint()), out, Settings(data=data, threads=1))
+    assert not out.exists()
+    assert plan["runs"] == 6 + 3 * 2
+    assert plan["seconds"] > 0
+    assert {cell["row"]: cell["runs"] for cell in plan["cells"]} == {
+        "BitFit": 5, "Frozen": 4, "Full-FT": 3,
+    }  # fmt: skip
+    settings = Settings(data=data, threads=1, resume=True)
+    assert dry_run(small_grid(checkpoint()), finished[0], settings)["runs"] == 0
+
+
+def test_a_learning_curve_draws_its_rows_by_seed(checkpoint, data, tmp_path):
+    grid = small_grid(checkpoint(), train_rows=(8, 16), seeds=(0, 1)).only(rows=["Full-FT"])
+    Sweep(grid, tmp_path / "out", Settings(data=data, threads=1)).run()
+    records = Store(tmp_path / "out").records()
+    assert [(r["train_rows"], r["config"]["seed"]) for r in records] == [
+        (8, 0), (8, 1), (16, 0), (16, 1),
+    ]  # fmt: skip
+    assert len({r["data"]["train"] for r in records}) == 4
+    assert [r["rows"]["train"] for r in records] == [8, 8, 16, 16]
+
+
+def test_rows_that_ask_for_the_same_runs_are_refused(checkpoint, data, tmp_path):
+    grid = small_grid(checkpoint())
+    twin = replace(grid, rows=(grid.rows[0], replace(grid.rows[0], name="Again")))
+    with pytest.raises(UsageError, match="'BitFit' and 'Again' ask for the same runs"):
+        Sweep(twin, tmp_path / "out", Settings(data=data, threads=1)).run()
+
+
+def test_groups_are_told_as_they_begin_and_end(checkpoint, data, tmp_path):
+    events = []
+    grid = small_grid(checkpoint(), seeds=(0,))
+    Sweep(grid, tmp_path / "out", Settings(data=data, threads=1, lanes=4)).run(events.append)
+    begun = [e.group.id for e in events if isinstance(e, GroupStarted)]
+    ended = [e.group.id for e in events if isinstance(e, GroupFinished)]
+    assert begun == ended
+    # Three rates of biases and one of the head alone; the other; and full on its own.
+    sizes = [len(e.results) for e in events if isinstance(e, GroupFinished)]
+    assert sorted(sizes) == [1, 1, 4]
