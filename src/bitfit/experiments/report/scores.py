@@ -84,7 +84,8 @@ def _wide(
     base, where = _printed_base(results)
     if base:
         extra.append(
-            f"In brackets (on the page marked 'paper'): the paper's {where}, {base}, on dev (anonymous ACL submission)."
+            f"In brackets (on the page marked 'paper'): the paper's {where}, {base}, on dev "
+            "(anonymous ACL submission)."
         )
     return Table(
         key, title, tuple(columns), tuple(rows), (*notes, *extra), is_wide=True, printed_base=base
@@ -134,7 +135,8 @@ def rate_table(results: Results) -> Table | None:
         bases = (printed_rates(line.row, line.base)[0] for line in lines)
         base = ", ".join(dict.fromkeys(found for found in bases if found))
         notes.append(
-            f"In brackets (on the page marked 'paper'): the paper's Table 6, {base} (anonymous ACL submission)."
+            f"In brackets (on the page marked 'paper'): the paper's Table 6, {base} "
+            "(anonymous ACL submission)."
         )
     heads = (Column("row", "row", False), *(Column(c.key, c.title) for c in columns))
     return Table(
