@@ -8,7 +8,7 @@ from bitfit.experiments.report.paper import (
     paper_base,
     paper_source,
     paper_tasks,
-    printed_rate,
+    printed_rates,
     printed_row,
     printed_rows,
     printed_score,
@@ -61,10 +61,12 @@ def test_row_names_need_not_be_spelled_as_printed():
 
 
 def test_rates_are_those_of_table_6():
-    assert printed_rate("BitFit", "rte") == 1e-3
-    assert printed_rate("BitFit", "rte", "bert-large-cased") == 4e-4
-    assert printed_rate("Full-FT", "rte") is None
-    assert printed_rate("BitFit", "squad") is None
+    assert printed_rates("BitFit")[1]["rte"] == 1e-3
+    base, rates = printed_rates("BitFit", "bert-large-cased")
+    assert (base, rates["rte"]) == ("BERT-large", 4e-4)
+    assert printed_rates("BitFit", "roberta-base")[0] == "BERT-base"
+    assert printed_rates("Full-FT") == ("", {})
+    assert printed_score("table6", "BitFit", "rte") == 76.5
 
 
 def test_every_printed_row_is_whole_and_says_where_it_stands():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from bitfit.experiments.report.statistics import (
 from bitfit.metrics import compute_metrics
 from bitfit.tasks import Task
 
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=15, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -117,7 +116,7 @@ def test_the_standard_error_of_an_accuracy_is_that_of_a_share():
     draws = resample([make_scorer(task, "accuracy", right.astype(int), [1] * 277)], 277)
     share = 194 / 277
     assert standard_error(draws[0]) == pytest.approx(math.sqrt(share * (1 - share) / 277), rel=0.05)
-    assert standard_error(np.full(10, math.nan)) != standard_error(np.full(10, math.nan))
+    assert math.isnan(standard_error(np.full(10, math.nan)))
 
 
 def runs_of(offset, seeds, *, rows=400, noise=0.02):
@@ -220,19 +219,3 @@ def test_intervals_hold_as_often_as_they_say():
         truth = stats.norm.cdf(0.3 / spread) - stats.norm.cdf(0.0)
         held += found.low <= truth <= found.high
     assert 0.90 <= held / 120 <= 1.0
-
-
-def test_two_thousand_resamples_of_stsb_take_seconds():
-    rng = np.random.default_rng(0)
-    answers = (rng.integers(0, 26, 1500) / 5).tolist()
-    task = Task(name="stsb", kind="regression")
-    scorers = [
-        make_scorer(
-            task, "spearman", (np.array(answers) + rng.normal(0, 1, 1500)).tolist(), answers
-        )
-        for _ in range(3)
-    ]
-    start = time.perf_counter()
-    draws = resample(scorers, 1500)
-    assert draws.shape == (3, 2000)
-    assert time.perf_counter() - start < 30  # about one on a free core

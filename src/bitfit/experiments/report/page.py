@@ -70,7 +70,7 @@ nav ul { columns: 18rem; padding-left: 1.2rem; }
 .skip:focus { position: static; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 th, td {
   border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left;
   vertical-align: top;

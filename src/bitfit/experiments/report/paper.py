@@ -56,7 +56,11 @@ def task_title(task: str) -> str:
 
 @cache
 def printed_rows(experiment: str | None, split: str = "dev") -> tuple[PrintedRow, ...]:
-    """Return the printed rows of an experiment in the order of ``paper.toml``; () for others."""
+    """Return the printed rows of an experiment in the order of ``paper.toml``; () for others.
+
+    Table 6 has the rates of what Table 2 scores, so ``table6`` has the rows of ``table2``.
+    """
+    wanted = "table2" if experiment == "table6" else experiment
     return tuple(
         PrintedRow(
             **{key: row[key] for key in ("experiment", "name", "base", "split", "source")},
@@ -64,7 +68,7 @@ def printed_rows(experiment: str | None, split: str = "dev") -> tuple[PrintedRow
             scores=_scores(row["scores"]),
         )
         for row in _file()["row"]
-        if (row["experiment"], row["split"]) == (experiment, split)
+        if (row["experiment"], row["split"]) == (wanted, split)
     )
 
 
@@ -100,13 +104,15 @@ def printed_score(
     return found.scores.get(task, found.scores.get(ANY_TASK)) if found else None
 
 
-def printed_rate(row: str, task: str, base: str = "") -> float | None:
-    """Return the best rate that Table 6 prints for ``row``, by base as in :func:`printed_row`."""
+def printed_rates(row: str, base: str = "") -> tuple[str, Mapping[str, float]]:
+    """Return the best rates that Table 6 prints for ``row``, by task, and the base they are of.
+
+    The base is chosen as in :func:`printed_row`; ``("", {})`` for a row that Table 6 lacks.
+    """
     found = [entry for entry in _file()["rates"] if _same_name(entry["name"], row)]
     ours = paper_base(base)
     entry = next((e for e in found if e["base"] == ours), found[0] if found else None)
-    rate = entry["rates"].get(task) if entry else None
-    return None if rate is None else float(rate)
+    return (entry["base"], entry["rates"]) if entry else ("", {})
 
 
 def paper_base(base: str) -> str | None:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from bitfit.experiments.report.differences import WAYS
 from bitfit.experiments.report.paper import (
-    paper_base,
-    printed_rate,
+    printed_rates,
     printed_row,
     printed_score,
     task_title,
@@ -85,7 +84,8 @@ def _wide(
     base, where = _printed_base(results)
     if base:
         extra.append(
-            f"In brackets: the paper's {where}, {base}, on dev (anonymous ACL submission)."
+            f"In brackets (on the page marked 'paper'): the paper's {where}, {base}, on dev "
+            "(anonymous ACL submission)."
         )
     return Table(
         key, title, tuple(columns), tuple(rows), (*notes, *extra), is_wide=True, printed_base=base
@@ -132,8 +132,12 @@ def rate_table(results: Results) -> Table | None:
     ]
     base = ""
     if any(cell.printed is not None for row in rows for cell in row):
-        base = ", ".join(dict.fromkeys(paper_base(line.base) or "BERT-base" for line in lines))
-        notes.append(f"In brackets: the paper's Table 6, {base} (anonymous ACL submission).")
+        bases = (printed_rates(line.row, line.base)[0] for line in lines)
+        base = ", ".join(dict.fromkeys(found for found in bases if found))
+        notes.append(
+            f"In brackets (on the page marked 'paper'): the paper's Table 6, {base} "
+            "(anonymous ACL submission)."
+        )
     heads = (Column("row", "row", False), *(Column(c.key, c.title) for c in columns))
     return Table(
         "rates", "Best learning rates", heads, rows, tuple(notes), is_wide=True, printed_base=base
@@ -150,7 +154,7 @@ def _rate_cell(results: Results, line: Line, task: str) -> Cell:
         rate(found).text + (f" / {tried}" if tried > 1 else ""),
         {"rate": found, "tried": tried},
         tuple(c.record["id"] for c in choices),
-        printed_rate(line.row, task, line.base) if results.paper else None,
+        printed_rates(line.row, line.base)[1].get(task) if results.paper else None,
     )
 
 

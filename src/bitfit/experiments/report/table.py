@@ -95,8 +95,11 @@ def score(value: float | None, *, signed: bool = False) -> Cell:
 
 
 def none_if_nan(value: float | None) -> float | None:
-    """Return ``value``, None where it is not finite: JSON has no NaN."""
-    return None if value is None or not math.isfinite(value) else float(value)
+    """Return ``value``, None where it is not finite: JSON has no NaN.
+
+    To ten digits, so that the order in which a machine adds does not show.
+    """
+    return None if value is None or not math.isfinite(value) else round(float(value), 10)
 
 
 @dataclass(frozen=True)
