@@ -76,6 +76,12 @@ def test_the_papers_grids_are_whole(name):
     assert grid.rows[0].name == "BitFit"
 
 
+def test_figures_that_share_runs_have_names_of_their_own():
+    assert [task.name for task in builtin_grid("figure4").tasks] == ["mrpc"]
+    assert builtin_grid("figure4").name == "figure4"
+    assert builtin_grid("figure6").rows == builtin_grid("figure2").rows
+
+
 def test_every_experiment_of_the_paper_is_there():
     assert {
         "table1", "table2", "table3", "table6", "figure1", "figure2", "pos", "gap", "convergence",

@@ -204,6 +204,15 @@ def read_grid(path: str | Path) -> Grid:
     return parse_grid(text, str(path), default_name=Path(path).stem)
 
 
+# Figures that are the same runs as another, or some of them: which, and on which tasks.
+FIGURES: dict[str, tuple[str, list[str] | None]] = {
+    "figure3": ("figure1", ["cola"]),
+    "figure4": ("figure1", ["mrpc"]),
+    "figure5": ("figure1", ["stsb"]),
+    "figure6": ("figure2", None),
+}
+
+
 def builtin_grids() -> list[str]:
     """Return the names of the paper's experiments, as ``bitfit reproduce`` takes them."""
     folder = resources.files("bitfit.experiments") / "grids"
@@ -216,11 +225,11 @@ def builtin_grid(name: str) -> Grid:
     Raises:
         UsageError: an unknown name, with the nearest.
     """
-    names = builtin_grids()
-    _one_of("experiment", name, tuple(names))
+    _one_of("experiment", name, (*builtin_grids(), *FIGURES))
+    file, tasks = FIGURES.get(name, (name, None))
     folder = resources.files("bitfit.experiments") / "grids"
-    text = (folder / f"{name}.toml").read_text(encoding="utf-8")
-    return parse_grid(text, f"{name}.toml", default_name=name)
+    text = (folder / f"{file}.toml").read_text(encoding="utf-8")
+    return parse_grid(text, f"{file}.toml", default_name=name).only(tasks=tasks)
 
 
 def parse_grid(text: str, source: str, *, default_name: str) -> Grid:
