@@ -148,7 +148,8 @@ def reproduce(
         typer.Argument(
             metavar="NAME",
             help="table1, table2, table3, table6, figure1 (all tasks of 1 and 3-5), figure2 (with "
-            "6), figure3 to figure6, pos, gap, convergence, stability; beyond the paper terms, layers, peft, curves; or all.",
+            "6), figure3 to figure6, pos, gap, convergence, stability; beyond the paper terms, "
+            "layers, peft, curves; or all.",
         ),
     ],
     data: Data,
