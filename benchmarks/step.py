@@ -76,8 +76,9 @@ ALTERNATIVES: dict[str, Callable[[], Any]] = {
         attention._DroppedAttention, "apply", attention_by_autograd
     ),
     "dropout masks without bools": lambda: patch.object(DropoutBits, "scale", masks_without_bools),
+    "passes of up to 1,024 tokens": passes_of(1024),
     "passes of up to 2,048 tokens": passes_of(2048),
-    "passes of up to 4,096 tokens": passes_of(4096),
+    "passes of up to 8,192 tokens": passes_of(8192),
     "all lanes in one pass": passes_of(1 << 30),
 }
 

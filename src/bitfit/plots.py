@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitfit.errors import BitfitError, MissingExtra, UsageError
+from bitfit.errors import MissingExtra, UsageError
+from bitfit.storage import atomic_write
 from bitfit.terms import SYMBOLS
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -77,19 +79,25 @@ def plot_bias_change(changes: Sequence[Mapping[str, Any]], path: Path, *, title:
         BitfitError: ``path`` cannot be written.
     """
     check_plot_path(path)
+    figure = draw_bias_change(changes, title=title)
+    atomic_write(path, figure_bytes(figure, path.suffix[1:].lower()))
+
+
+def draw_bias_change(changes: Sequence[Mapping[str, Any]], *, title: str = "") -> Any:
+    """Return the figure that :func:`plot_bias_change` saves, a ``matplotlib.figure.Figure``.
+
+    Raises:
+        UsageError: nothing was changed.
+    """
     rows = change_table(changes)
     if not rows:
         raise UsageError("no bias was trained, only the head: there is no change to draw")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     layers = sorted({layer for row in rows for layer in row["layers"] if layer is not None})
     grid = [
         [row["layers"].get(layer, math.nan) for layer in layers] + [row["mean"]] for row in rows
     ]
     top = max(value for line in grid for value in line if not math.isnan(value)) or 1.0
-    figure = Figure(figsize=(2.6 + 0.55 * (len(layers) + 1), 1.7 + 0.42 * len(rows)))
-    FigureCanvasAgg(figure)  # no window, whatever the machine has
+    figure = new_figure(2.6 + 0.55 * (len(layers) + 1), 1.7 + 0.42 * len(rows))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="Blues", vmin=0.0, vmax=top, aspect="auto")
     axes.axvline(len(layers) - 0.5, color="white", linewidth=4)
@@ -100,11 +108,28 @@ def plot_bias_change(changes: Sequence[Mapping[str, Any]], path: Path, *, title:
     axes.set_title(title, parse_math=False, fontsize=10)
     _write_values(axes, grid, top)
     figure.colorbar(image, ax=axes, label="mean |change| of a bias", pad=0.02)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160, bbox_inches="tight")
-    except OSError as error:
-        raise BitfitError(f"{path}: cannot be written: {error.strerror}") from error
+    return figure
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of so many inches that needs no window, whatever the machine has."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_bytes(figure: Any, form: str) -> bytes:
+    """Return a figure as a ``png``, ``svg`` or ``pdf`` file: the same bytes each time, no date."""
+    import matplotlib
+
+    dates: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "bitfit", "svg.fonttype": "none"}):
+        figure.savefig(out, format=form, dpi=160, bbox_inches="tight", metadata=dates.get(form))
+    return out.getvalue()
 
 
 def _write_values(axes: Any, grid: Sequence[Sequence[float]], top: float) -> None:

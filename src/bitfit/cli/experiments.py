@@ -97,6 +97,15 @@ Lanes: TypeAlias = Annotated[
     ),
 ]
 
+Submission: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--submission", rich_help_panel=GRID,
+        help="Also answer GLUE's test sets with the best runs of bias tuning: every file that the "
+        "server asks for, zipped.",
+    ),
+]  # fmt: skip
+
 
 def sweep(
     grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="The grid of runs.")],
@@ -156,6 +165,7 @@ def reproduce(
     resume: Resume = False,
     retry_failed: RetryFailed = False,
     reuse: Reuse = None,
+    submission: Submission = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -185,9 +195,11 @@ def report(
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="The data, where the experiment does not hold the dev answers."
+            metavar="DIR",
+            help="The data: for a submission, and where the experiment lacks the dev answers.",
         ),
     ] = None,
+    submission: Submission = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -200,6 +212,8 @@ def report(
     """
     from bitfit.cli import sweeping
 
-    found = sweeping.make_report(directory, out, data, quiet=quiet)
+    found = sweeping.make_report(directory, out, data, submission=submission, quiet=quiet)
     if as_json:
         console.print_json(found)
+    else:
+        sweeping.show_report(found)

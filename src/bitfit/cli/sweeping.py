@@ -13,10 +13,14 @@ from typing import Any
 from rich.progress import Progress
 
 from bitfit.cli import console, options
+from bitfit.encoder import open_encoder
 from bitfit.errors import UsageError
+from bitfit.experiments.answers import restore_answers
 from bitfit.experiments.dry_run import dry_run as plan_sweep
 from bitfit.experiments.grid import Grid, builtin_grid, builtin_grids, read_grid
+from bitfit.experiments.report.write import write_report
 from bitfit.experiments.store import Store
+from bitfit.experiments.submission import best_files, glue_folder, write_submission
 from bitfit.experiments.sweep import (
     Event,
     GroupFinished,
@@ -94,7 +98,10 @@ def _run(order: Ordered, given: Mapping[str, Any], *, as_json: bool) -> dict[str
     with console.Interruption() as interruption, Watch(given["quiet"]) as watch:
         interruption.running = True
         summary = sweep.run(watch, lambda: interruption.asked)
-    files = make_report(order.directory, None, order.settings.data, quiet=True)
+    files = make_report(
+        order.directory, None, order.settings.data, submission=given.get("submission", False),
+        quiet=given["quiet"],
+    )  # fmt: skip
     report = _summary_json(order, summary) | files
     if not as_json:
         _show_summary(order, summary, files)
@@ -305,12 +312,67 @@ def _show_summary(order: Ordered, summary: Summary, files: Mapping[str, Any]) ->
             f"{console.count(len(summary.left_out), 'run')} left out for lack of time, the first: "
             f"{summary.left_out[0]}; --resume goes on"
         )
-    if files.get("page"):
-        console.say(f"the report: {files['page']}")
+    show_report(files)
 
 
 def make_report(
-    directory: Path, out: Path | None, data: Path | None, *, quiet: bool
+    directory: Path,
+    out: Path | None,
+    data: Path | None,
+    *,
+    submission: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Write the report of an experiment and return its files."""
-    return {}
+    """Write the report of an experiment, and return its files and what it lacks."""
+    store = Store(directory)
+    left_out = [] if data is None else restore_answers(store, data)
+    report = write_report(store, out)
+    folder = out if out is not None else directory / "report"
+    found: dict[str, Any] = {
+        "title": report.title, "report": str(folder), "page": str(folder / "report.html"),
+        "files": [str(path) for path in report.files], "lacks": [*left_out, *report.left_out],
+    }  # fmt: skip
+    if submission:
+        if data is None:
+            raise UsageError("a submission answers GLUE's test files: name them with --data DIR")
+        found["submissions"] = _submit(store, data, folder, quiet)
+    return found
+
+
+def show_report(found: Mapping[str, Any]) -> None:
+    """Print where a report is."""
+    console.say(f"{found['title']}: {console.count(len(found['files']), 'file')}")
+    console.say(f"the page: {found['page']}")
+    for line in found["lacks"]:
+        console.note(f"lacks {line}")
+    for made in found.get("submissions", ()):
+        console.say(f"the submission of {made['base']}: {made['archive']}")
+        for name, why in made["left_out"].items():
+            console.note(f"without {name}: {why}")
+
+
+def _submit(store: Store, data: Path, folder: Path, quiet: bool) -> list[dict[str, Any]]:
+    """Write the GLUE server's files of each base, answered by its best runs of bias tuning."""
+    made = []
+    best = best_files(store)
+    if not best:
+        raise UsageError(f"{store.directory} has no finished run of bias tuning on a GLUE task")
+    dtype = store.experiment()["conditions"]["dtype"]
+    for number, (base, files) in enumerate(best.items(), 1):
+        place = folder / ("submission" if len(best) == 1 else f"submission-{number}")
+        encoder = open_encoder(base, dtype)
+        with console.bar(quiet) as bar:
+            row = None if bar is None else bar.add_task(f"answers of {base}", total=None)
+
+            def tell(count: int, bar: Any = bar, row: Any = row) -> None:
+                if bar is not None:
+                    bar.advance(row, count)
+
+            written = write_submission(
+                encoder, files, glue_folder(data), place, partial=True, on_answers=tell
+            )
+        made.append({
+            "base": base, "archive": str(written.archive), "left_out": dict(written.left_out),
+            "files": {file.name: str(file.source or file.constant) for file in written.files},
+        })  # fmt: skip
+    return made

@@ -19,11 +19,12 @@ from bitfit.comparison import bias_change
 from bitfit.doctor import cpu_name
 from bitfit.errors import BitfitError, TrainingDiverged, TrainingInterrupted
 from bitfit.experiments.material import Material
-from bitfit.experiments.runs import Conditions, Run, command_of
+from bitfit.experiments.runs import Conditions, Run, command_of, data_config
 from bitfit.experiments.store import Result, Store
 from bitfit.heads import read_predictions
 from bitfit.metrics import majority_score
 from bitfit.tasks import references
+from bitfit.training.finetune import data_source
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import make_method
 from bitfit.training.outputs import make_task_file
@@ -175,7 +176,8 @@ class _Work:
         source = self.material.source(run.task, run.train_rows, run.data_seed)
         file = make_task_file(
             trainer, lane, self.material.splits(run), data_hash=source.hashes["train"],
-            train_score=True, source={}, storage="fp32", licence=None, description=None,
+            train_score=True, source=self._data_source(run), storage="fp32", licence=None,
+            description=None,
         )  # fmt: skip
         is_row = run.config.method in ROW_METHODS
         data = file.to_bytes() if is_row else None
@@ -206,6 +208,11 @@ class _Work:
             record=_json(record), predictions=predictions,
             answers=_json(references(dev.examples)), task_file=data,
         )  # fmt: skip
+
+    def _data_source(self, run: Run) -> dict[str, Any]:
+        dataset = self.material.source(run.task, run.train_rows, run.data_seed).dataset
+        config = data_config(run.task, self.material.data, run.train_rows, run.data_seed)
+        return data_source(config, dataset)
 
     def _cost(self, lane: Lane, began: float, data: bytes | None) -> dict[str, Any]:
         progress, method = lane.progress, self.trainer.method

@@ -133,9 +133,7 @@ class Store:
         record = result.record
         run_id = record["id"]
         if result.answers is not None:
-            path = self._answers_path(record)
-            if not path.is_file():
-                _write_packed(path, {"answers": result.answers})
+            self.write_answers(record, result.answers)
         if result.predictions is not None:
             _write_packed(self._packed("predictions", run_id), result.predictions)
         if result.task_file is not None:
@@ -143,6 +141,13 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, result.task_file)
         _write_json(self.directory / "runs" / f"{run_id}.json", record)
+
+    def write_answers(self, record: Mapping[str, Any], answers: Sequence[Any]) -> None:
+        """Keep what is right on a run's dev rows, once for all runs that have them."""
+        path = self._answers_path(record)
+        if not path.is_file():
+            _write_packed(path, {"answers": list(answers)})
+        self._answers.pop(path, None)
 
     def forget(self, run_id: str) -> None:
         """Remove a record, so that the run is made again."""

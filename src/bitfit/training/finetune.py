@@ -171,7 +171,7 @@ def finetune(
         trainer.keep(best)
         file = make_task_file(
             trainer, best, splits, data_hash=hashes["train"], train_score=train_score,
-            source=_source(data_config, dataset), storage=storage, licence=licence,
+            source=data_source(data_config, dataset), storage=storage, licence=licence,
             description=description,
         )  # fmt: skip
         if out is not None and processes.is_main:
@@ -229,7 +229,7 @@ def _make_lanes(
     ]  # fmt: skip
 
 
-def _source(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
+def data_source(config: DataConfig, dataset: Dataset) -> dict[str, Any]:
     """Return what ``bitfit eval`` needs to read the same data, and to find the rows held out."""
     found: dict[str, Any] = {}
     if config.builtin is not None:  # the task may go by another name

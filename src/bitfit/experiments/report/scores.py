@@ -1,0 +1,161 @@
+"""The tables in the shape of the paper's: methods in rows, tasks in columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bitfit.experiments.report.differences import WAYS
+from bitfit.experiments.report.paper import (
+    paper_base,
+    printed_rate,
+    printed_row,
+    printed_score,
+    task_title,
+)
+from bitfit.experiments.report.results import Line, Results, TaskColumn
+from bitfit.experiments.report.table import (
+    DASH,
+    Cell,
+    Column,
+    Table,
+    mean_column,
+    none_if_nan,
+    number,
+    points,
+    rate,
+    rate_text,
+    text,
+)
+
+MakeCell = Callable[[Line, TaskColumn], tuple[Cell, float]]
+"""A cell, and its number for the average."""
+
+
+def best_table(results: Results) -> Table | None:
+    """Return the best score of each cell over its seeds, to set beside single printed numbers."""
+
+    def cell(line: Line, column: TaskColumn) -> tuple[Cell, float]:
+        found = results.summary("paper", line, column)
+        printed = _printed(results, line, column)
+        shown = Cell(points(found.best), none_if_nan(found.best), found.runs, printed)
+        return shown, found.best
+
+    notes = ["The best of the seeds at the chosen rate: a single best-on-dev number, as printed."]
+    return _wide(results, "best", "Best on dev", "paper", cell, notes)
+
+
+def mean_table(results: Results, way: str) -> Table | None:
+    """Return mean ± standard deviation over the seeds under one protocol."""
+
+    def cell(line: Line, column: TaskColumn) -> tuple[Cell, float]:
+        found = results.summary(way, line, column)
+        return found.cell(printed=_printed(results, line, column)), found.mean
+
+    notes = [
+        f"Mean ± standard deviation over the seeds. Protocol {way}: {WAYS[way]}.",
+    ]
+    if way == "split" and any(c.split != "dev" for c in results.columns):
+        notes.append("MNLI's mismatched half is scored for the protocol paper only.")
+    return _wide(results, f"mean-{way}", f"Mean over the seeds, protocol {way}", way, cell, notes)
+
+
+def _printed(results: Results, line: Line, column: TaskColumn) -> float | None:
+    return printed_score(results.paper, line.row, column.key, line.base)
+
+
+def _wide(
+    results: Results, key: str, title: str, way: str, make: MakeCell, notes: Sequence[str]
+) -> Table | None:
+    rows = [_wide_row(results, way, line, make) for line in results.lines]
+    if not any(cell.text != DASH for row in rows for cell in row[1 : len(results.columns) + 1]):
+        return None
+    columns = [Column("row", "row", False), *(Column(c.key, c.title) for c in results.columns)]
+    if len(results.columns) > 1:
+        columns.append(Column("average", "average"))
+    columns.append(Column("seeds", "seeds"))
+    if results.failed:
+        columns.append(Column("failed", "failed runs"))
+    metrics = ", ".join(f"{c.title} {c.metric}" for c in results.columns)
+    extra = [f"Metrics, times 100: {metrics}."]
+    limits = ", ".join(f"{task_title(t)} {n:,}" for t, n in results.limits().items())
+    if limits:
+        extra.append(f"Trained on a part of the rows: {limits}.")
+    if len(results.columns) > 1:
+        extra.append("average: the mean of the columns, where none is missing.")
+    base, where = _printed_base(results)
+    if base:
+        extra.append(
+            f"In brackets: the paper's {where}, {base}, on dev (anonymous ACL submission)."
+        )
+    return Table(
+        key, title, tuple(columns), tuple(rows), (*notes, *extra), is_wide=True, printed_base=base
+    )
+
+
+def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[Cell, ...]:
+    made = [make(line, column) for column in results.columns]
+    cells = [text(results.label(line)), *(cell for cell, _ in made)]
+    if len(results.columns) > 1:
+        average = mean_column([value for _, value in made])
+        runs = tuple(dict.fromkeys(run for cell, _ in made for run in cell.runs))
+        cells.append(Cell(points(average), none_if_nan(average), runs))
+    seeds = sorted({len(results.choices(way, line, task)) for task in results.tasks} - {0})
+    span = [str(n) for n in (seeds if len(seeds) < 2 else (seeds[0], seeds[-1]))]
+    cells.append(Cell("–".join(span) or DASH, seeds))
+    if results.failed:
+        cells.append(number(sum(results.failures(line, task) for task in results.tasks)))
+    return tuple(cells)
+
+
+def _printed_base(results: Results) -> tuple[str, str]:
+    """Return the bases of the printed rows that stand beside ours, and where they stand."""
+    found = (printed_row(results.paper, line.row, line.base) for line in results.lines)
+    rows = [row for row in found if row]
+    bases, sources = dict.fromkeys(r.base for r in rows), dict.fromkeys(r.source for r in rows)
+    return ", ".join(bases), " and ".join(sources)
+
+
+def rate_table(results: Results) -> Table | None:
+    """Return the chosen rates, with those of the paper's Table 6 beside."""
+    columns = [c for c in results.columns if c.split == "dev"]
+    lines = [line for line in results.lines if any(results.runs(line, t) for t in results.tasks)]
+    rows = tuple(
+        (text(results.label(line)), *(_rate_cell(results, line, c.task) for c in columns))
+        for line in lines
+    )
+    if not rows:
+        return None
+    notes = [
+        "The rate with the best mean dev score over the seeds that every rate was run with; of "
+        "equal ones the smallest (protocol paper). After a slash: how many were tried. The table "
+        "of every score has the rates of the protocol split.",
+    ]
+    base = ""
+    if any(cell.printed is not None for row in rows for cell in row):
+        base = ", ".join(dict.fromkeys(paper_base(line.base) or "BERT-base" for line in lines))
+        notes.append(f"In brackets: the paper's Table 6, {base} (anonymous ACL submission).")
+    heads = (Column("row", "row", False), *(Column(c.key, c.title) for c in columns))
+    return Table(
+        "rates", "Best learning rates", heads, rows, tuple(notes), is_wide=True, printed_base=base
+    )
+
+
+def _rate_cell(results: Results, line: Line, task: str) -> Cell:
+    choices = results.choices("paper", line, task)
+    if not choices:
+        return Cell()
+    found = choices[0].record["config"]["learning_rate"]
+    tried = len(results.by_rate(line, task))
+    return Cell(
+        rate(found).text + (f" / {tried}" if tried > 1 else ""),
+        {"rate": found, "tried": tried},
+        tuple(c.record["id"] for c in choices),
+        printed_rate(line.row, task, line.base) if results.paper else None,
+    )
+
+
+def printed_text(table: Table, cell: Cell) -> str:
+    """Return how a printed number is written beside ours: a rate, or a score times 100."""
+    if cell.printed is None:
+        return ""
+    return rate_text(cell.printed) if table.key == "rates" else f"{cell.printed:.1f}"

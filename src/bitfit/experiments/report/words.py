@@ -1,0 +1,212 @@
+"""What stands above the tables, in sentences: what was run, what is noise, which order holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from scipy.stats import kendalltau
+
+from bitfit.experiments.report.differences import WAYS, Comparison, Draws, to_reference
+from bitfit.experiments.report.paper import paper_source, paper_tasks, printed_score, task_title
+from bitfit.experiments.report.results import Line, Results
+from bitfit.experiments.report.table import points
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with its sentences, each a line."""
+
+    key: str
+    title: str
+    sentences: tuple[str, ...]
+
+
+def sections(draws: Draws) -> list[Section]:
+    """Return the sections above the tables; those with nothing to say are left out."""
+    results = draws.results
+    comparisons = to_reference(draws, "paper")
+    made = (
+        Section("setup", "What was run", tuple(_setup(results))),
+        Section("protocols", "Protocols", tuple(f"{way}: {WAYS[way]}." for way in WAYS)),
+        Section("noise", "Which differences are within noise", tuple(_noise(draws, comparisons))),
+        Section("order", "The order of the rows", tuple(_orders(results, comparisons))),
+    )
+    return [section for section in made if section.sentences]
+
+
+def counts_text(results: Results) -> str:
+    """Return how many runs are done, failed and missing."""
+    runs = "run" if len(results.done) == 1 else "runs"
+    found = f"{len(results.done)} {runs} done, {len(results.failed)} failed"
+    missing = results.missing()
+    if isinstance(results.experiment.get("planned"), int):
+        return f"{found}, {missing} missing of {results.experiment['planned']}."
+    return f"{found}, {missing} missing (row, task and seed without any run)."
+
+
+def environments(results: Results) -> list[str]:
+    """Return the distinct environments of the runs, each as one line."""
+    found = (r["environment"] for r in results.done if r.get("environment"))
+    lines = (", ".join(f"{key} {_value(value)}" for key, value in e.items()) for e in found)
+    return list(dict.fromkeys(lines))
+
+
+def trained_on(results: Results) -> list[str]:
+    """Return a sentence per base on what it was trained on, as far as that is known."""
+    notes = {r["base"]: r["trained_on"] for r in results.records if r.get("trained_on")}
+    return [
+        f"Base {name}: {notes[base]}." if base in notes else f"Base {name}."
+        for base, name in results.bases.items()
+    ]
+
+
+def _setup(results: Results) -> list[str]:
+    experiment = results.experiment
+    lines = [*trained_on(results), counts_text(results)]
+    if experiment.get("recipe"):
+        lines.append(f"Recipe: {experiment['recipe']}.")
+    if experiment.get("search"):
+        lines.append(f"Search over the rates: {experiment['search']}.")
+    if experiment.get("conditions"):
+        lines.append(f"Conditions: {_value(experiment['conditions'])}.")
+    lines += [f"Environment: {line}." for line in environments(results)]
+    lines += [
+        f"{task_title(task)}: {size:,} of its training rows."
+        for task, size in results.limits().items()
+    ]
+    if results.paper:
+        lines.append(f"Printed numbers: {paper_source()}.")
+    return lines
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Mapping):
+        known = {key: found for key, found in value.items() if found not in ({}, [], None)}
+        return ", ".join(f"{key} {_value(known[key])}" for key in sorted(known))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# ------------------------------------------------------------------ noise
+
+
+def _noise(draws: Draws, comparisons: Sequence[Comparison]) -> list[str]:
+    results = draws.results
+    lines = []
+    for base in results.bases:
+        for task in results.tasks:
+            found = [c for c in comparisons if (c.line.base, c.task) == (base, task)]
+            if found:
+                lines.append(_noise_of(results, task, found))
+    if lines:
+        together = (
+            f"all {len(comparisons)} comparisons together"
+            if len(comparisons) > 1
+            else "the one comparison"
+        )
+        lines.append(
+            f"'ahead' and 'behind' hold for {together} at 95 %. "
+            "Epoch and rate were chosen on the dev rows that also report (protocol paper)."
+        )
+    return lines
+
+
+def _noise_of(results: Results, task: str, found: Sequence[Comparison]) -> str:
+    groups: dict[str, list[str]] = {}
+    for c in found:
+        d = c.difference
+        shown = points(d.value, signed=True)
+        if math.isfinite(d.low):
+            shown += f", {points(d.low, signed=True)} to {points(d.high, signed=True)}"
+        groups.setdefault(d.word, []).append(f"{results.label(c.line)} ({shown})")
+    words = ("ahead", "behind", "within noise", "one seed only", "not known")
+    parts = [f"{word}: {', '.join(groups[word])}" for word in words if word in groups]
+    base = f", {results.bases[found[0].line.base]}" if len(results.bases) > 1 else ""
+    reference = results.experiment.get("reference_row")
+    return f"{task_title(task)}{base}, against {reference}: {'; '.join(parts)}."
+
+
+# ------------------------------------------------------------------ order
+
+
+def _orders(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
+    words = {(c.line, c.other, c.task): c.difference.word for c in comparisons}
+    sizes = dict.fromkeys((line.base, line.train_rows) for line in results.lines)
+    return [
+        sentence
+        for base, train_rows in sizes
+        for column in results.columns
+        if column.split == "dev"
+        and (sentence := _order(results, words, base, train_rows, column.key))
+    ]
+
+
+def _order(
+    results: Results,
+    words: Mapping[tuple[Line, Line, str], str],
+    base: str,
+    train_rows: int | None,
+    task: str,
+) -> str:
+    """Return the rows by mean score and, where the paper has two of them, its order beside."""
+    lines = [x for x in results.lines if (x.base, x.train_rows) == (base, train_rows)]
+    column = next(c for c in results.columns if c.key == task)
+    means = {line: results.summary("paper", line, column).mean for line in lines}
+    known = sorted((x for x in lines if math.isfinite(means[x])), key=lambda x: -means[x])
+    if len(known) < 2:
+        return ""
+    shown = " > ".join(f"{x.row} {points(means[x])}" for x in known)
+    where = [task_title(task)]
+    where += [results.bases[base]] if len(results.bases) > 1 else []
+    if results.has_sizes:
+        where.append("all rows" if train_rows is None else f"{train_rows:,} rows")
+    sentence = f"{', '.join(where)}: {shown}."
+    return sentence + _beside_the_paper(results, words, means, known, task)
+
+
+def _beside_the_paper(
+    results: Results,
+    words: Mapping[tuple[Line, Line, str], str],
+    means: Mapping[Line, float],
+    known: Sequence[Line],
+    task: str,
+) -> str:
+    printed = {x: printed_score(results.paper, x.row, task, x.base) for x in known}
+    theirs = {x: found for x, found in printed.items() if found is not None}
+    if len(theirs) < 2:
+        return ""
+    order = " > ".join(f"{x.row} {theirs[x]:.1f}" for x in sorted(theirs, key=lambda x: -theirs[x]))
+    swapped = [
+        (a, b) for a, b in combinations(theirs, 2)
+        if (means[a] - means[b]) * (theirs[a] - theirs[b]) < 0
+    ]  # fmt: skip
+    tau = kendalltau([means[x] for x in theirs], list(theirs.values())).statistic
+    sentence = f" The paper's order: {order}."
+    if not swapped:
+        return f"{sentence} The same order."
+    pairs = "; ".join(_pair(results, words, a, b, task) for a, b in swapped)
+    agreement = f" (Kendall's tau {tau:.2f} over {len(theirs)} rows)" if math.isfinite(tau) else ""
+    return f"{sentence} The other way round here{agreement}: {pairs}."
+
+
+def _pair(
+    results: Results,
+    words: Mapping[tuple[Line, Line, str], str],
+    above: Line,
+    below: Line,
+    task: str,
+) -> str:
+    word = words.get((above, below, task)) or words.get((below, above, task))
+    shown = f"{above.row} above {below.row}"
+    if word is None:
+        return shown
+    return f"{shown} ({'outside noise' if word in ('ahead', 'behind') else word})"
+
+
+def paper_order(keys: Sequence[str]) -> list[str]:
+    """Return task keys in the order of the paper's columns, others after them as they come."""
+    order = {task: place for place, task in enumerate(paper_tasks())}
+    return sorted(keys, key=lambda key: order.get(key, len(order)))
