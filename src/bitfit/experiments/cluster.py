@@ -247,9 +247,10 @@ class RayExecutor:
             cause = error.cause
             if isinstance(cause, BitfitError):
                 raise cause from None
+            last = str(cause).strip().rpartition("\n")[2]  # Ray's messages hold whole tracebacks
             raise BitfitError(
-                "a worker of the Ray cluster failed, where the same bitfit was expected: "
-                f"{type(cause).__name__}: {cause}"
+                "a worker of the Ray cluster failed; expected were the same bitfit and the same "
+                f"versions on each machine: {type(cause).__name__}: {last}"
             ) from error
         except errors.RayError as error:  # its process is no more, or its machine
             return self._lost(sent, error)

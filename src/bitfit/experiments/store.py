@@ -124,6 +124,10 @@ class Store:
         """Return the state, ``done`` or ``failed``, of each run by its id."""
         return {p.stem: _read_json(p)["state"] for p in self._files("runs", ".json")}
 
+    def is_finished(self, run_id: str) -> bool:
+        """Whether a run has a record, of success or failure."""
+        return (self.directory / "runs" / f"{run_id}.json").is_file()
+
     def record(self, run_id: str) -> dict[str, Any]:
         """Return the record of one finished or failed run."""
         return _read_json(self.directory / "runs" / f"{run_id}.json")

@@ -60,6 +60,7 @@ class GroupFinished:
 
     group: Group
     results: Sequence[Result]
+    """Those that were not there before."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,9 @@ class Sweep:
             claims = self.store.claims()
             for claim in claims:
                 if not claim.is_alive and (runs := planner.find(claim.runs)) is not None:
+                    if all(map(self.store.is_finished, claim.runs)):  # killed before its release
+                        self.store.release(claim.group)
+                        continue
                     group = make_group(runs, claim.lanes)
                     self.store.claim(group.id, claim.runs, claim.lanes)
                     held.add(group)
@@ -296,7 +300,9 @@ class Sweep:
 
     def _keep(self, outcome: Outcome, held: Held, clock: Clock, tell: Listener) -> None:
         """Write what a group left."""
-        group, results = outcome.group, outcome.results
+        group = outcome.group
+        # One that was killed while it wrote them has left some.
+        results = [r for r in outcome.results if not self.store.is_finished(r.record["id"])]
         for result in results:
             self.store.write(result)
         held.release(group)
