@@ -12,7 +12,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt torch
-	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[data,plots,minilm,tensorboard,bench]'
+	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[data,plots,minilm,tensorboard,bench,ray]'
 	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt $(shell $(PYTHON) -c "import tomllib;print(*(f\"'{d}'\" for d in tomllib.load(open('pyproject.toml','rb'))['dependency-groups']['dev']))")
 	touch $@
 

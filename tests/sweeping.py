@@ -1,11 +1,15 @@
-"""A small grid for test_sweep, and the process of it that is killed."""
+"""A small grid for test_sweep and test_cluster, and the processes of it that are killed."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from bitfit.experiments.cluster import Job, new_job
 from bitfit.experiments.grid import Grid, parse_grid
 from bitfit.experiments.sweep import Settings, Sweep
 from bitfit.training import train
@@ -32,6 +36,18 @@ learning_rate = [1e-3]
 """  # noqa: E501
 
 
+def write_tickets(folder: Path) -> Path:
+    """Write the grid's data into a folder, and return the folder."""
+    draw = random.Random(0)
+    lines = ["body,intent"]
+    for i in range(40):
+        words = draw.choices("the a film bike order is was very we it this that".split(), k=4)
+        word = draw.choice((["good", "nice", "fast"], ["bad", "broken", "late"])[i % 2])
+        lines.append(f"{' '.join([*words[:2], word, *words[2:]])},{('praise', 'complaint')[i % 2]}")
+    (folder / "tickets.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
 def small_grid(base: str, **changes: object) -> Grid:
     """The grid above on a tiny base."""
     return parse_grid(GRID, "small.toml", default_name="small").replace(base=(base,), **changes)
@@ -45,6 +61,11 @@ def small_sweep(base: str, data: str, out: str, **settings: object) -> Sweep:
     return Sweep(small_grid(base), Path(out), Settings(data=Path(data), **options))
 
 
-def run_small(base: str, data: str, out: str) -> None:
+def run_small(base: str, data: str, out: str, **settings: object) -> None:
     """Run it to its end; in a process of its own."""
-    small_sweep(base, data, out).run()
+    small_sweep(base, data, out, **settings).run()
+
+
+def with_data(data: Path) -> Callable[..., Job]:
+    """Workers find other data than the driver."""
+    return lambda *arguments: replace(new_job(*arguments), data=data)

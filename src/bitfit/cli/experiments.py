@@ -96,6 +96,14 @@ Lanes: TypeAlias = Annotated[
         "once for each task, and recorded.",
     ),
 ]
+Ray: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="local|auto|ADDRESS", rich_help_panel=options.MACHINE,
+        help="Train on a Ray cluster (extra ray): local starts one of this machine, auto is the "
+        "one that runs here, else HOST:PORT or ray://HOST:PORT.",
+    ),
+]  # fmt: skip
 
 Submission: TypeAlias = Annotated[
     bool,
@@ -127,6 +135,7 @@ def sweep(
     device: options.Device = "auto",
     threads: options.Threads = None,
     lanes: Lanes = "auto",
+    ray: Ray = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -171,6 +180,7 @@ def reproduce(
     device: options.Device = "auto",
     threads: options.Threads = None,
     lanes: Lanes = "auto",
+    ray: Ray = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,

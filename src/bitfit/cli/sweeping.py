@@ -16,7 +16,9 @@ from bitfit.cli import console, options
 from bitfit.encoder import open_encoder
 from bitfit.errors import UsageError
 from bitfit.experiments.answers import restore_answers
+from bitfit.experiments.cluster import connected
 from bitfit.experiments.dry_run import dry_run as plan_sweep
+from bitfit.experiments.executor import WorkerLost
 from bitfit.experiments.grid import Grid, builtin_grid, builtin_grids, read_grid
 from bitfit.experiments.report.write import write_report
 from bitfit.experiments.store import Store
@@ -77,14 +79,15 @@ def run_grids(
 ) -> None:
     """Run grids one after the other, or show what they would do; then report on each."""
     found = []
-    for order in orders:
-        if dry_run:
-            plan = plan_sweep(order.grid, order.directory, order.settings, _tell_cell(given))
-            found.append(plan)
-            if not as_json:
-                _show_plan(plan)
-        else:
-            found.append(_run(order, given, as_json=as_json))
+    with connected(None if dry_run else given["ray"]):  # once for all grids
+        for order in orders:
+            if dry_run:
+                plan = plan_sweep(order.grid, order.directory, order.settings, _tell_cell(given))
+                found.append(plan)
+                if not as_json:
+                    _show_plan(plan)
+            else:
+                found.append(_run(order, given, as_json=as_json))
     if as_json:
         console.print_json(found[0] if len(found) == 1 else found)
 
@@ -133,7 +136,7 @@ def _settings(given: Mapping[str, Any], others: Sequence[Path] = ()) -> Settings
         lanes=options.parse_lanes(given["lanes"]), budget_seconds=parse_budget(given["budget"]),
         resume=given["resume"], retry_failed=given["retry_failed"],
         reuse=[Path(p) for p in (*(given["reuse"] or ()), *others) if Store(Path(p)).exists],
-        skip_missing="name" in given and given["tasks"] is None,
+        skip_missing="name" in given and given["tasks"] is None, ray=given["ray"],
     )  # fmt: skip
 
 
@@ -213,6 +216,9 @@ class Watch:
             self._finished(event)
         elif isinstance(event, LaneDropped):
             self._say(f"{event.lane.label} is given up: {event.reason}")
+        elif isinstance(event, WorkerLost):
+            what = "tried again" if event.again else "given up"
+            self._say(f"the worker of {event.group.runs[0]} was lost, {what}: {event.reason}")
         elif isinstance(event, Waiting):
             hosts = ", ".join(sorted({f"{c.host}:{c.pid}" for c in event.claims}))
             self._say(f"waiting for what {hosts} works on")

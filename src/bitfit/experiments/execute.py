@@ -77,11 +77,19 @@ def run_group(
             raise
         except (BitfitError, RuntimeError, MemoryError, ValueError) as error:
             failed |= dict.fromkeys(lanes, f"{type(error).__name__}: {error}")
+    lost = {r.record["id"]: r for r in failed_results(group, material, conditions, failed)}
+    return [results[run.id] if run.id in results else lost[run.id] for run in group.runs]
+
+
+def failed_results(
+    group: Group, material: Material, conditions: Conditions, errors: Mapping[str, str]
+) -> list[Result]:
+    """Return what the runs of a group leave that could not be made; ``errors`` says why, by id."""
     return [
-        results[run.id] if run.id in results
-        else Result(record=_failed(run, material, conditions, failed[run.id]))
+        Result(record=_failed(run, material, conditions, errors[run.id]))
         for run in group.runs
-    ]  # fmt: skip
+        if run.id in errors
+    ]
 
 
 class _Work:

@@ -161,6 +161,7 @@ def first_group(runs: Sequence[Run], lanes_for: Callable[[Sequence[Run]], int]) 
 
 
 def make_group(runs: Sequence[Run], lanes: int) -> Group:
-    """Return a group; its id is the hash of its runs and of the number of lanes."""
+    """Return a group; its id is the hash of its runs and of how many of them are side by side."""
+    lanes = min(lanes, len(runs))  # before the id: whoever takes over has only this number
     text = ",".join([*(run.id for run in runs), str(lanes)])
-    return Group(hashlib.sha256(text.encode()).hexdigest()[:16], runs, min(lanes, len(runs)))
+    return Group(hashlib.sha256(text.encode()).hexdigest()[:16], runs, lanes)

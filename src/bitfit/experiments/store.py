@@ -124,6 +124,10 @@ class Store:
         """Return the state, ``done`` or ``failed``, of each run by its id."""
         return {p.stem: _read_json(p)["state"] for p in self._files("runs", ".json")}
 
+    def is_finished(self, run_id: str) -> bool:
+        """Whether a run has a record, of success or failure."""
+        return (self.directory / "runs" / f"{run_id}.json").is_file()
+
     def record(self, run_id: str) -> dict[str, Any]:
         """Return the record of one finished or failed run."""
         return _read_json(self.directory / "runs" / f"{run_id}.json")
@@ -198,8 +202,13 @@ class Store:
 
     def claims(self) -> list[Claim]:
         """Return the groups that were begun and are not finished, the oldest first."""
-        paths = sorted(self._files("work", ".json"), key=lambda p: p.stat().st_mtime)
-        return [self._claim(path) for path in paths]
+        found = [(claim, since) for p in self._files("work", ".json") for claim, since in _claim(p)]
+        return [claim for claim, _ in sorted(found, key=lambda each: each[1])]
+
+    def is_claimed_by(self, group: str, host: str, pid: int) -> bool:
+        """Whether a process has the group, as far as this directory shows."""
+        note = _read_if_there(self._manifest(group))
+        return note is not None and (note["host"], note["pid"]) == (host, pid)
 
     def claim(self, group: str, runs: Sequence[str], lanes: int) -> None:
         """Take a group, or take it over from a process that is no more. Hold the lock for this."""
@@ -262,14 +271,21 @@ class Store:
     def _manifest(self, group: str) -> Path:
         return self.directory / "work" / f"{group}.json"
 
-    def _claim(self, path: Path) -> Claim:
-        note = _read_json(path)
-        here = note["host"] == socket.gethostname()
-        silent = time.time() - path.stat().st_mtime
-        alive = bool(note["host"]) and silent < STALE_SECONDS
-        if here:
-            alive = alive and _is_running(note["pid"])
-        return Claim(path.stem, note["runs"], note["lanes"], note["host"], note["pid"], alive)
+
+def _claim(path: Path) -> list[tuple[Claim, float]]:
+    """Return the claim in a file and when its process last said that it lives; none: released."""
+    note = _read_if_there(path)
+    try:
+        since = path.stat().st_mtime
+    except FileNotFoundError:
+        return []
+    if note is None:
+        return []
+    alive = bool(note["host"]) and time.time() - since < STALE_SECONDS
+    if note["host"] == socket.gethostname():
+        alive = alive and _is_running(note["pid"])
+    claim = Claim(path.stem, note["runs"], note["lanes"], note["host"], note["pid"], alive)
+    return [(claim, since)]
 
 
 def _is_running(pid: int) -> bool:
@@ -288,6 +304,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BitfitError(f"{path}: cannot be read as JSON: {error}") from error
     return found
+
+
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    try:
+        return _read_json(path)
+    except BitfitError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 def _write_json(path: Path, value: Mapping[str, Any], indent: int | None = None) -> None:

@@ -6,10 +6,9 @@ a directory, each taking what the others have not.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,14 +17,17 @@ import torch
 
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError, DataError, TrainingInterrupted, UsageError
+from bitfit.experiments.cluster import RayExecutor, check_address, connected, new_job
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Event as TrainingEvent
-from bitfit.experiments.execute import Group, run_group
+from bitfit.experiments.execute import Group
+from bitfit.experiments.executor import Executor, LocalExecutor, Outcome, WorkerLost
 from bitfit.experiments.grid import Grid, GridTask
+from bitfit.experiments.held import Held
 from bitfit.experiments.material import Material
 from bitfit.experiments.plan import MOST_LANES, Planner, first_group, make_group
 from bitfit.experiments.runs import Conditions, Run
-from bitfit.experiments.store import HEARTBEAT_SECONDS, Claim, Result, Store
+from bitfit.experiments.store import Claim, Result, Store
 from bitfit.training.lane_count import choose_lane_count
 from bitfit.training.settings import ROW_METHODS
 
@@ -47,7 +49,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class GroupStarted:
-    """A group is about to be trained."""
+    """A group is about to be trained, or is sent to a cluster."""
 
     group: Group
 
@@ -58,6 +60,7 @@ class GroupFinished:
 
     group: Group
     results: Sequence[Result]
+    """Those that were not there before."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Waiting:
     claims: Sequence[Claim]
 
 
-Event: TypeAlias = Planned | GroupStarted | GroupFinished | Waiting | TrainingEvent
+Event: TypeAlias = Planned | GroupStarted | GroupFinished | Waiting | WorkerLost | TrainingEvent
 Listener: TypeAlias = Callable[[Event], None]
 
 
@@ -112,6 +115,8 @@ class Settings:
     """Other experiments' directories, to copy runs of the same id from."""
     skip_missing: bool = False
     """Leave out tasks whose data is not there, in place of refusing."""
+    ray: str | None = None
+    """Train on a Ray cluster: ``local``, ``auto`` or its address; None: in this process."""
 
 
 class Sweep:
@@ -124,9 +129,12 @@ class Sweep:
 
     Raises:
         UsageError: a directory that holds another experiment, or this one without ``resume``.
+        MissingExtra: a cluster is asked for and Ray is not installed.
     """
 
     def __init__(self, grid: Grid, directory: Path, settings: Settings) -> None:
+        if settings.ray is not None:
+            check_address(settings.ray)
         self.store = Store(directory)
         self.settings = settings
         with self.store.lock():
@@ -152,8 +160,9 @@ class Sweep:
             TrainingInterrupted: ``should_stop`` said so; everything is saved.
         """
         tell = on_event or (lambda event: None)
-        for base in self.grid.base:
-            self._run_base(base, tell, should_stop)
+        with connected(self.settings.ray):
+            for base in self.grid.base:
+                self._run_base(base, tell, should_stop)
         own = {row.name for row in self.grid.rows}
         records = [r for r in self.store.records() if r["row"] in own]
         self.summary.done = sum(r["state"] == "done" for r in records)
@@ -176,16 +185,37 @@ class Sweep:
         tell(Planned(base, done, total, missing))
         clock = Clock(material)
         left_out: dict[str, Run] = {}
-        while True:
-            group, others = self._claim(planner, clock, left_out)
-            if group is None and not others:
-                break
-            if group is None:
-                tell(Waiting(others))
-                _pause(should_stop)
-                continue
-            self._make(group, material, clock, tell, should_stop)
+        executor = self._executor(base, material, tell, should_stop)
+        with Held(self.store) as held, closing(executor):
+            while True:
+                others: list[Claim] = []
+                if executor.room:
+                    group, others = self._claim(planner, clock, left_out, held)
+                    if group is not None:
+                        tell(GroupStarted(group))
+                        executor.submit(group)
+                        continue
+                if executor.busy:
+                    for outcome in self._collect(executor):
+                        self._keep(outcome, held, clock, tell)
+                elif others:
+                    tell(Waiting(others))
+                    _pause(should_stop)
+                else:
+                    break
         self.summary.left_out += [str(run) for run in left_out.values()]
+
+    def _executor(
+        self,
+        base: str,
+        material: Material,
+        tell: Listener,
+        should_stop: Callable[[], bool] | None,
+    ) -> Executor:
+        if self.settings.ray is None:
+            return LocalExecutor(material, self.store, self.conditions, tell, should_stop)
+        job = new_job(base, self.conditions, self.settings.data, self.store.directory)
+        return RayExecutor(job, material, tell, should_stop)
 
     def _prepare(self, planner: Planner) -> None:
         """Copy what other experiments have, and forget failed runs that are to be made again."""
@@ -208,18 +238,23 @@ class Sweep:
         return done, max(len(search) + len(repeats), done)
 
     def _claim(
-        self, planner: Planner, clock: Clock, left_out: dict[str, Run]
+        self, planner: Planner, clock: Clock, left_out: dict[str, Run], held: Held
     ) -> tuple[Group | None, list[Claim]]:
         """Return a group that is now ours; without one, the groups that others work on."""
         with self.store.lock():
             claims = self.store.claims()
             for claim in claims:
                 if not claim.is_alive and (runs := planner.find(claim.runs)) is not None:
+                    if all(map(self.store.is_finished, claim.runs)):  # killed before its release
+                        self.store.release(claim.group)
+                        continue
                     group = make_group(runs, claim.lanes)
                     self.store.claim(group.id, claim.runs, claim.lanes)
+                    held.add(group)
                     return group, []
-            others = [claim for claim in claims if claim.is_alive]
-            taken = [run_id for claim in others for run_id in claim.runs]
+            alive = [claim for claim in claims if claim.is_alive]
+            taken = [run_id for claim in alive for run_id in claim.runs]
+            others = [claim for claim in alive if claim.group not in held.groups]
             while True:
                 stages = planner.waiting([*taken, *left_out])
                 runs = stages[0] or stages[1]
@@ -229,6 +264,7 @@ class Sweep:
                 if self._fits(group, clock):
                     ids = [run.id for run in group.runs]
                     self.store.claim(group.id, ids, group.lanes)
+                    held.add(group)
                     return group, []
                 left_out |= {run.id: run for run in group.runs}
 
@@ -253,37 +289,25 @@ class Sweep:
             return True
         return time.perf_counter() - self._began + clock.seconds(group) <= budget
 
-    def _make(
-        self,
-        group: Group,
-        material: Material,
-        clock: Clock,
-        tell: Listener,
-        should_stop: Callable[[], bool] | None,
-    ) -> None:
-        """Train a claimed group and write its results."""
-        began = time.perf_counter()
+    def _collect(self, executor: Executor) -> list[Outcome]:
         try:
-            with _heartbeat(self.store, group.id):
-                tell(GroupStarted(group))
-                results = run_group(
-                    group, material, self.store, self.conditions, on_event=tell,
-                    should_stop=should_stop,
-                )  # fmt: skip
+            return executor.collect(_WAIT_SECONDS)
         except TrainingInterrupted as stopped:
-            self.store.let_go(group.id)
             raise TrainingInterrupted(
                 f"{stopped}, saved in {self.store.directory}; the same command with --resume goes "
                 "on from there"
             ) from stopped
-        except BaseException:
-            self.store.let_go(group.id)
-            raise
+
+    def _keep(self, outcome: Outcome, held: Held, clock: Clock, tell: Listener) -> None:
+        """Write what a group left."""
+        group = outcome.group
+        # One that was killed while it wrote them has left some.
+        results = [r for r in outcome.results if not self.store.is_finished(r.record["id"])]
         for result in results:
             self.store.write(result)
-        self.store.release(group.id)
+        held.release(group)
         tokens = sum(r.record["cost"]["tokens"] for r in results if "cost" in r.record)
-        clock.learn(group, tokens, time.perf_counter() - began)
+        clock.learn(group, tokens, outcome.seconds)
         self.summary.made += len(results)
         tell(GroupFinished(group, results))
 
@@ -436,21 +460,3 @@ def _pause(should_stop: Callable[[], bool] | None) -> None:
         if should_stop is not None and should_stop():
             raise TrainingInterrupted("stopped while others work on what is left")
         time.sleep(0.2)
-
-
-@contextmanager
-def _heartbeat(store: Store, group: str) -> Iterator[None]:
-    """Say now and then that the process that works on a group lives."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS):
-            store.beat(group)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
