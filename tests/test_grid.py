@@ -1,5 +1,7 @@
 """Grids in TOML: what is read, and what is refused with its place."""
 
+from pathlib import Path
+
 import pytest
 
 from bitfit.errors import UsageError
@@ -74,6 +76,13 @@ def test_the_papers_grids_are_whole(name):
     assert grid.title
     assert grid.recipe == "paper"
     assert grid.rows[0].name == "BitFit"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "experiments").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_our_own_grids_are_whole(path):
+    assert read_grid(path).name == path.stem
 
 
 def test_figures_that_share_runs_have_names_of_their_own():

@@ -219,6 +219,7 @@ def test_missing_data_is_refused_or_left_out(checkpoint, data, tmp_path):
     grid = small_grid(checkpoint()).only(tasks=["tickets", "rte"])
     with pytest.raises(DataError, match="rte: "):
         Sweep(grid, tmp_path / "a", Settings(data=data, threads=1)).run()
+    assert not (tmp_path / "a").exists()
     settings = Settings(data=data, threads=1, lanes=2, skip_missing=True, budget_seconds=0.0)
     summary = Sweep(grid, tmp_path / "b", settings).run()
     assert summary.missing_tasks[0].startswith("rte: ")

@@ -29,7 +29,7 @@ from bitfit.encoder import open_encoder
 from bitfit.errors import BitfitError, MissingExtra, TrainingInterrupted, UsageError
 from bitfit.experiments.execute import Group, failed_results, run_group
 from bitfit.experiments.executor import Outcome, WorkerLost
-from bitfit.experiments.material import Material
+from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.runs import Conditions, command_of
 from bitfit.experiments.store import Result, Store
 
@@ -329,7 +329,7 @@ def _material(job: Job) -> Material:
             os.chdir(job.folder)
         _open.clear()
         encoder = open_encoder(job.base, job.conditions.dtype, job.conditions.device)
-        _open[key] = Material(encoder, job.data)
+        _open[key] = Material(encoder, Sources(job.data))
     return _open[key]
 
 

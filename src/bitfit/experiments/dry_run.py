@@ -10,11 +10,11 @@ from bitfit.encoder import open_encoder
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Group
 from bitfit.experiments.grid import Grid
-from bitfit.experiments.material import Material
+from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import Planner, make_group
 from bitfit.experiments.runs import Run
 from bitfit.experiments.store import Store
-from bitfit.experiments.sweep import Settings, choose_conditions, choose_planner
+from bitfit.experiments.sweep import Settings, choose_conditions
 from bitfit.training.settings import ROW_METHODS
 
 # A task file's document, a record, and what their file system adds.
@@ -48,12 +48,12 @@ def dry_run(
     conditions = choose_conditions(grid, settings, before)
     finished = store.finished() if store.exists else {}
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
-    missing: list[str] = []
+    sources = Sources(settings.data)
+    grid, missing = sources.there(grid, skip_missing=settings.skip_missing)
     for base in grid.base:
         encoder = open_encoder(base, conditions.dtype, conditions.device)
-        material = Material(encoder, settings.data)
-        planner, left_out = choose_planner(grid, base, material, store, settings)
-        missing += [reason for reason in left_out if reason not in missing]
+        material = Material(encoder, sources)
+        planner = Planner(grid, base, material, store)
         clock = Clock(material)
         for run in _all_runs(planner, finished):
             cell = cells.setdefault(_key(run), _new_cell(run))

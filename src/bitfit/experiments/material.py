@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from bitfit.batches import make_features
 from bitfit.data import Dataset, dataset_hash, read_dataset
 from bitfit.encoder import Encoder
-from bitfit.errors import UsageError
-from bitfit.experiments.grid import GridTask
+from bitfit.errors import BitfitError, DataError, UsageError
+from bitfit.experiments.grid import Grid, GridTask
 from bitfit.experiments.runs import Run, data_config
 from bitfit.training.lane import Lane, Split
 
@@ -29,27 +29,25 @@ class Source:
     hashes: Mapping[str, str]
 
 
-class Material:
-    """An open base, and the data that was asked for last.
+class Sources:
+    """Data sets that were asked for last, read and hashed once.
 
     Args:
-        encoder: the base.
         data: the data directory.
     """
 
-    def __init__(self, encoder: Encoder, data: Path) -> None:
-        self.encoder, self.data = encoder, data
-        self._sources: OrderedDict[Hashable, Source] = OrderedDict()
-        self._splits: OrderedDict[Hashable, dict[str, Split]] = OrderedDict()
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self._kept: OrderedDict[Hashable, Source] = OrderedDict()
 
-    def source(self, task: GridTask, train_rows: int | None, seed: int) -> Source:
+    def read(self, task: GridTask, train_rows: int | None, seed: int) -> Source:
         """Return the rows of a task, with dev.
 
         Raises:
             DataError: files that are not there or cannot be read.
             UsageError: data without a dev split, which every choice needs.
         """
-        return _kept(self._sources, (task.name, train_rows, seed), lambda: self._read(
+        return _kept(self._kept, (task.name, train_rows, seed), lambda: self._read(
             task, train_rows, seed
         ))  # fmt: skip
 
@@ -61,6 +59,46 @@ class Material:
                 "name a dev file, or let dev_fraction be above 0"
             )
         return Source(dataset, {k: dataset_hash(rows) for k, rows in dataset.splits.items()})
+
+    def there(self, grid: Grid, *, skip_missing: bool) -> tuple[Grid, list[str]]:
+        """Return the grid with the tasks whose data is there, and why others are left out.
+
+        Raises:
+            DataError: the data of a task is not there, unless ``skip_missing``, or of all tasks.
+        """
+        missing, tasks = [], []
+        for task in grid.tasks:
+            try:
+                for size in grid.train_rows or (task.limit,):
+                    self.read(task, size, grid.seeds[0])
+                tasks.append(task)
+            except BitfitError as error:
+                missing.append(f"{task.name}: {error}")
+        if missing and (not skip_missing or not tasks):
+            raise DataError("; ".join(missing))
+        return grid.replace(tasks=tuple(tasks)), missing
+
+
+class Material:
+    """An open base, and the data that was asked for last.
+
+    Args:
+        encoder: the base.
+        sources: the data.
+    """
+
+    def __init__(self, encoder: Encoder, sources: Sources) -> None:
+        self.encoder, self.sources = encoder, sources
+        self._splits: OrderedDict[Hashable, dict[str, Split]] = OrderedDict()
+
+    @property
+    def data(self) -> Path:
+        """The data directory."""
+        return self.sources.data
+
+    def source(self, task: GridTask, train_rows: int | None, seed: int) -> Source:
+        """Return the rows of a task; as :meth:`Sources.read`."""
+        return self.sources.read(task, train_rows, seed)
 
     def splits(self, run: Run) -> dict[str, Split]:
         """Return the features that a run learns from and is scored on."""

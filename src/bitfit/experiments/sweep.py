@@ -16,15 +16,15 @@ from typing import Any, TypeAlias
 import torch
 
 from bitfit.encoder import Encoder, open_encoder
-from bitfit.errors import BitfitError, DataError, TrainingInterrupted, UsageError
+from bitfit.errors import TrainingInterrupted, UsageError
 from bitfit.experiments.cluster import RayExecutor, check_address, connected, new_job
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Event as TrainingEvent
 from bitfit.experiments.execute import Group
 from bitfit.experiments.executor import Executor, LocalExecutor, Outcome, WorkerLost
-from bitfit.experiments.grid import Grid, GridTask
+from bitfit.experiments.grid import Grid
 from bitfit.experiments.held import Held
-from bitfit.experiments.material import Material
+from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import MOST_LANES, Planner, first_group, make_group
 from bitfit.experiments.runs import Conditions, Run
 from bitfit.experiments.store import Claim, Result, Store
@@ -129,6 +129,7 @@ class Sweep:
 
     Raises:
         UsageError: a directory that holds another experiment, or this one without ``resume``.
+        DataError: the data of a task is not there, unless ``skip_missing``, or of all tasks.
         MissingExtra: a cluster is asked for and Ray is not installed.
     """
 
@@ -137,16 +138,18 @@ class Sweep:
             check_address(settings.ray)
         self.store = Store(directory)
         self.settings = settings
+        self.sources = Sources(settings.data)
+        # Before anything is written: what cannot begin leaves no directory behind.
+        self.grid, missing = self.sources.there(grid, skip_missing=settings.skip_missing)
+        self.summary = Summary(missing_tasks=missing)
         with self.store.lock():
             before = self.store.experiment() if self.store.exists else None
-            self.grid = grid
             self.conditions = choose_conditions(grid, settings, before)
             if before is not None:
                 _check_joins(grid, before, directory, settings)
             lanes = {} if before is None else before["conditions"]["lanes"]
             self.store.write_experiment(_described(grid, settings, self.conditions, lanes, before))
         torch.set_num_threads(self.conditions.threads)
-        self.summary = Summary()
         self._began = time.perf_counter()
 
     def run(
@@ -177,12 +180,11 @@ class Sweep:
     # ------------------------------------------------------------------ one base
 
     def _run_base(self, base: str, tell: Listener, should_stop: Callable[[], bool] | None) -> None:
-        material = Material(self.open_base(base), self.settings.data)
-        planner, missing = choose_planner(self.grid, base, material, self.store, self.settings)
-        self.summary.missing_tasks += [m for m in missing if m not in self.summary.missing_tasks]
+        material = Material(self.open_base(base), self.sources)
+        planner = Planner(self.grid, base, material, self.store)
         self._prepare(planner)
         done, total = self._progress(planner)
-        tell(Planned(base, done, total, missing))
+        tell(Planned(base, done, total, self.summary.missing_tasks))
         clock = Clock(material)
         left_out: dict[str, Run] = {}
         executor = self._executor(base, material, tell, should_stop)
@@ -243,8 +245,11 @@ class Sweep:
         """Return a group that is now ours; without one, the groups that others work on."""
         with self.store.lock():
             claims = self.store.claims()
+            finished = self.store.finished()
             for claim in claims:
-                if not claim.is_alive and (runs := planner.find(claim.runs)) is not None:
+                if not claim.is_alive and all(run_id in finished for run_id in claim.runs):
+                    self.store.release(claim.group)  # killed between the last record and this
+                elif not claim.is_alive and (runs := planner.find(claim.runs)) is not None:
                     if all(map(self.store.is_finished, claim.runs)):  # killed before its release
                         self.store.release(claim.group)
                         continue
@@ -350,24 +355,6 @@ def _described(
     }  # fmt: skip
 
 
-def choose_planner(
-    grid: Grid, base: str, material: Material, store: Store, settings: Settings
-) -> tuple[Planner, list[str]]:
-    """Return the runs on a base, and the tasks that are left out with the reason.
-
-    Raises:
-        DataError: the data of a task is not there, unless ``skip_missing``, or of all tasks.
-    """
-    missing = []
-    for task in grid.tasks:
-        if reason := _missing(task, grid, material):
-            missing.append(f"{task.name}: {reason}")
-            grid = _without(grid, task)
-    if missing and (not settings.skip_missing or not grid.tasks):
-        raise DataError("; ".join(missing))
-    return Planner(grid, base, material, store), missing
-
-
 def choose_conditions(grid: Grid, settings: Settings, before: dict[str, Any] | None) -> Conditions:
     """Return the precision, device and threads of the experiment: those it began with.
 
@@ -435,23 +422,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _missing(task: GridTask, grid: Grid, material: Material) -> str:
-    """Return why a task's data cannot be read; empty: it can."""
-    try:
-        for size in grid.train_rows or (task.limit,):
-            material.source(task, size, grid.seeds[0])
-    except BitfitError as error:
-        return str(error)
-    return ""
-
-
-def _without(grid: Grid, task: GridTask) -> Grid:
-    """Return the grid without a task; None of its checks is needed again."""
-    clone = object.__new__(Grid)
-    clone.__dict__.update(grid.__dict__ | {"tasks": tuple(t for t in grid.tasks if t != task)})
-    return clone
 
 
 def _pause(should_stop: Callable[[], bool] | None) -> None:
