@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -246,3 +247,8 @@ def test_no_cluster_is_an_error_of_one_line(monkeypatch):
     monkeypatch.setattr(ray, "init", nothing)
     with pytest.raises(BitfitError, match="--ray auto: no Ray cluster"), connected("auto"):
         pass
+    with socket.socket() as free:  # bound, and nobody listens
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(BitfitError, match=r"there: .*refused"), connected(place):
+            pass

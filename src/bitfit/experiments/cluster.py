@@ -39,7 +39,9 @@ TRIES = 4
 AHEAD = 1
 # How long to wait for a result before asking again whether to stop.
 _GLANCE_SECONDS = 0.2
-_PLACE = re.compile(r"(ray://)?\S+:\d+")
+_PLACE = re.compile(r"(?:ray://)?(\S+):(\d+)")
+# How long an address may take to answer at all; Ray itself tries for minutes.
+_ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +122,12 @@ def _connect(ray: Any, address: str) -> None:
     if address == "local":
         options["include_dashboard"] = False
     try:
+        if place := _PLACE.fullmatch(address):
+            host, port = place[1].strip("[]"), int(place[2])
+            socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
         with _own_signals():
             ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, ImportError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise BitfitError(
             f"--ray {address}: no Ray cluster can be reached or started there: {error}"
         ) from error
@@ -258,8 +263,8 @@ class RayExecutor:
 
     def _lost(self, sent: _Sent, error: Exception) -> Outcome | None:
         group, again = sent.group, sent.tries < TRIES
-        text = str(error).strip()
-        reason = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no reason given'}"
+        text = str(error).strip() or "no reason given"
+        reason = f"{type(error).__name__}: {text.splitlines()[0].partition('. ')[0]}"
         self.tell(WorkerLost(group, reason, again))
         if again:
             self._send(_Sent(group, sent.tries + 1))
