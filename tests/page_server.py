@@ -54,34 +54,14 @@ INTENTS = (
     "workshop_booking",
     "delivery_delay",
 )
-LABELS = {
-    "classification": [
-        (*INTENTS, "invoice", "complaint"),
-        ("negative", "positive"),
-        ("urgent", "soon", "no hurry"),
-    ],
-    "multilabel": [
-        ("brakes", "wheels", "gears", "frame", "lights"),
-        ("billing", "delivery", "staff"),
-    ],
-    "tokens": [("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")],
-    "regression": [()],
-    "span": [()],
-}
-METRICS = {
-    "classification": "accuracy",
-    "multilabel": "f1_micro",
-    "tokens": "f1",
-    "regression": "spearman",
-    "span": "f1",
-}
-NAMES = {
-    "classification": ("intent", "sentiment", "urgency"),
-    "multilabel": ("topics", "reasons"),
-    "tokens": ("entities",),
-    "regression": ("similarity",),
-    "span": ("answers",),
-}
+SORTS = (
+    ("intent", "classification", "accuracy", (*INTENTS, "invoice", "complaint")),
+    ("sentiment", "classification", "f1_macro", ("negative", "positive")),
+    ("topics", "multilabel", "f1_micro", ("brakes", "wheels", "gears", "frame", "lights")),
+    ("entities", "tokens", "f1", ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")),
+    ("similarity", "regression", "spearman", ()),
+    ("answers", "span", "f1", ()),
+)
 PLACES = {"Berlin": "LOC", "Priya": "PER", "Bosch": "ORG", "Zürich": "LOC"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
@@ -92,20 +72,14 @@ def seeded(*parts: object) -> random.Random:
 
 def make_task(number: int, now: float) -> dict[str, Any]:
     luck = seeded("task", number)
-    kind = ("classification", "classification", "multilabel", "tokens", "regression", "span")[
-        number % 6
-    ]
-    pick = luck.randrange(len(NAMES[kind]))
-    labels = LABELS[kind][min(pick, len(LABELS[kind]) - 1)]
-    if kind == "classification":
-        labels = LABELS[kind][pick]
-    name = f"shop-{number // 6:04d}-{NAMES[kind][pick]}"
+    word, kind, metric, labels = SORTS[number % 6]
+    name = f"shop-{number // 6:04d}-{word}"
     return {
         "name": name,
         "version": 1 + luck.randrange(4),
         "kind": kind,
         "labels": list(labels),
-        "metric": METRICS[kind],
+        "metric": metric,
         "score": None if number % 40 == 9 else 0.6 + 0.38 * luck.random(),
         "is_pair": kind == "regression",
         "max_length": 384 if kind == "span" else 128,

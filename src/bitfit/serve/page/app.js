@@ -120,6 +120,8 @@ startCompare();
 startShelf();
 news.addEventListener("chosen", followChoice);
 window.addEventListener("hashchange", () => show(false));
-narrow.addEventListener("change", () => show(true));
+narrow.addEventListener("change", () => {
+  if (!location.hash || route()[0] === "tasks") show(true);
+});
 show(true);
 startServer();

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { answerCard, spoken } from "./answers.js";
-import { byId, counted, digits, empty, failure, isolated, make, say } from "./dom.js";
+import { byId, counted, empty, failure, isolated, make, milliseconds, say } from "./dom.js";
 import { chosen, choose, needsPair, news } from "./state.js";
 
 let running = null;
@@ -135,7 +135,7 @@ function show({ items, infos, options }, found) {
     const missing = { error: { code: "missing", message: "The server gave no answer." } };
     return answerCard(infos[i], item, answer ?? missing, options);
   });
-  const line = `${counted(cards.length, "answer")} in ${digits(found.ms)} ms`;
+  const line = `${counted(cards.length, "answer")} in ${milliseconds(found.ms)} ms`;
   byId("answers").replaceChildren(make("p", { class: "hint wide" }, line), ...cards);
   const all = items.slice(0, 3).map((item, i) => spoken(item.task, byItem.get(item.id), infos[i]));
   say(`${line}. ${all.join(" ")}`);

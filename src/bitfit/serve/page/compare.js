@@ -142,7 +142,7 @@ function cosines(a, b, sites) {
       }
       const clean = Math.min(1, Math.max(-1, row.cosine));
       return {
-        text: clean.toFixed(2).replace(/^(-?)0\./, "$1."), step: step(clean),
+        text: clean.toFixed(2).replace("-", "−").replace("0.", "."), step: step(clean),
         said: `${where}: cosine ${clean.toFixed(3)}; ${norms}`,
       };
     }),
@@ -156,7 +156,8 @@ function cosines(a, b, sites) {
 }
 
 function table(a, b, rows) {
-  const head = ["Term", "Layer", "Cosine", `Norm of ${a}`, `Norm of ${b}`, `Mean of ${a}`, `Mean of ${b}`];
+  const hasLayers = rows.some((row) => row.layer !== null);
+  const head = ["Term", ...(hasLayers ? ["Layer"] : []), "Cosine", `Norm of ${a}`, `Norm of ${b}`, `Mean of ${a}`, `Mean of ${b}`];
   const cells = (row) => [
     digits(row.cosine), digits(row.norm_a), digits(row.norm_b), digits(row.mean_abs_a), digits(row.mean_abs_b),
   ];
@@ -164,14 +165,14 @@ function table(a, b, rows) {
     "div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Numbers of the comparison" },
     make(
       "table", {},
-      make("thead", {}, make("tr", {}, ...head.map((name) => make("th", { scope: "col" }, name)))),
+      make("thead", {}, make("tr", {}, ...head.map((name, i) => make("th", { scope: "col", class: i ? "number" : null }, name)))),
       make(
         "tbody", {},
         ...rows.map((row) =>
           make(
             "tr", {},
             make("th", { scope: "row" }, isolated(row.term)),
-            make("td", { class: "number" }, row.layer === null ? "–" : String(row.layer)),
+            hasLayers ? make("td", { class: "number" }, String(row.layer ?? "–")) : null,
             ...cells(row).map((text) => make("td", { class: "number" }, text)),
           ),
         ),

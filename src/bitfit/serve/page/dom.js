@@ -90,6 +90,12 @@ export function digits(value, significant = 3) {
   });
 }
 
+/** Milliseconds: 7.99 -> "8.0", 27.84 -> "28". */
+export function milliseconds(value) {
+  if (!isNumber(value)) return "–";
+  return value < 10 ? value.toFixed(1) : count(value);
+}
+
 /** 93210 -> "93 KB". */
 export function bytes(value) {
   if (!isNumber(value)) return "–";
@@ -110,9 +116,9 @@ export function duration(seconds) {
 
 /** Seconds since 1970 -> "5 min ago", "never" without. */
 export function ago(time) {
-  if (!isNumber(time)) return "never used";
+  if (!isNumber(time)) return "never";
   const passed = Date.now() / 1000 - time;
-  return passed < 10 ? "used just now" : `used ${duration(passed)} ago`;
+  return passed < 10 ? "just now" : `${duration(passed)} ago`;
 }
 
 /** Return a bias term as the paper writes it: b_LN1 with the subscript LN1. */

@@ -1,7 +1,7 @@
 // The server's rates and latencies, asked every two seconds while the page can be seen.
 
 import * as api from "./api.js";
-import { byId, count, digits, duration, isolated, make, percent, shorten, words } from "./dom.js";
+import { byId, count, digits, duration, isolated, make, milliseconds, percent, shorten, words } from "./dom.js";
 import { openKey } from "./manage.js";
 import { news } from "./state.js";
 
@@ -61,7 +61,7 @@ async function look() {
 function show() {
   const { p50, p99 } = latest.latency_ms ?? {};
   byId("live").dataset.state = "good";
-  byId("live-text").textContent = `${digits(latest.items_per_s)} items/s · p50 ${digits(p50)} · p99 ${digits(p99)} ms`;
+  byId("live-text").textContent = `${digits(latest.items_per_s)} items/s · p50 ${milliseconds(p50)} · p99 ${milliseconds(p99)} ms`;
   const line = chart([{ values: history.map((s) => s?.items_per_s), style: "a" }], 72, 18);
   byId("live-spark").replaceChildren(line.picture);
   const base = latest.base ?? {};
@@ -81,7 +81,7 @@ function fail(error) {
 
 function parts() {
   const { p50, p90, p99 } = latest.latency_ms ?? {};
-  const seconds = Math.round(((history.length - 1) * EVERY_MS) / 1000);
+  const seconds = (room(history) * EVERY_MS) / 1000;
   const items = chart([{ values: history.map((s) => s?.items_per_s), style: "a" }], 480, 110);
   const times = chart(
     [
@@ -100,8 +100,8 @@ function parts() {
   return [
     make(
       "div", { class: "tiles" },
-      tile("Items per second", digits(latest.items_per_s)), tile("Median latency", `${digits(p50)} ms`),
-      tile("90 % are below", `${digits(p90)} ms`), tile("99 % are below", `${digits(p99)} ms`),
+      tile("Items / s", digits(latest.items_per_s)), tile("Median latency", `${milliseconds(p50)} ms`),
+      tile("90 % are below", `${milliseconds(p90)} ms`), tile("99 % are below", `${milliseconds(p99)} ms`),
       tile("Waiting", count(latest.queue?.items), `${count(latest.queue?.tokens)} tokens`),
       tile("Batches filled", percent(latest.batch_fill)),
     ),
@@ -110,7 +110,7 @@ function parts() {
       figure("Items per second", items, "items/s", []),
       figure("Latency", times, "ms", [entry("a", "median"), entry("b", "99 %")]),
     ),
-    make("dl", { class: "facts" }, ...facts().flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
+    make("dl", { class: "facts panel" }, ...facts().flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
   ];
 }
 
@@ -145,8 +145,10 @@ function chart(lines, width, height) {
   return { picture, top };
 }
 
+/** How many intervals a picture is wide: at first it fills up from the right. */
+const room = (values) => Math.max(values.length - 1, 14);
+
 function trace(values, top, width, height) {
-  const room = Math.max(values.length - 1, 14);
   let isDown = false;
   return values
     .map((value, i) => {
@@ -154,7 +156,7 @@ function trace(values, top, width, height) {
         isDown = false;
         return "";
       }
-      const x = width - ((values.length - 1 - i) * width) / room;
+      const x = width - ((values.length - 1 - i) * width) / room(values);
       const y = height - 2 - (value / top) * (height - 4);
       const move = isDown ? "L" : "M";
       isDown = true;

@@ -156,7 +156,8 @@ function item(info) {
     on: { change: () => pick(info, box) },
   });
   box.checked = chosen.has(info.name);
-  const facts = [info.kind, bytes(info.bytes), `v${info.version}`, ago(info.last_used)];
+  const facts = [info.kind, bytes(info.bytes), `v${info.version}`].join(" · ");
+  const used = typeof info.last_used === "number" ? ago(info.last_used) : "never used";
   const marks = [];
   if (info.pinned) marks.push(make("span", { class: "mark" }, "pinned"));
   if (!info.resident) marks.push(make("span", { class: "mark" }, "on disk"));
@@ -173,7 +174,14 @@ function item(info) {
         }, info.name),
         make("span", { class: "item-score" }, headline(info)),
       ),
-      make("div", { class: "item-facts" }, facts.join(" · "), ...marks),
+      make(
+        "div", { class: "item-facts" },
+        make(
+          "span", { class: "clip" }, `${facts} · `,
+          make("span", { class: "hidden-text" }, "last used "), used,
+        ),
+        ...marks,
+      ),
       labelLine(info),
     ),
   );

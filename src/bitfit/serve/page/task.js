@@ -105,14 +105,14 @@ function facts(info) {
     ["Kind", info.kind + (info.is_pair ? ", two texts" : "")],
     ["Score", headline(info)],
     ...Object.entries(info.scores ?? {})
-      .filter(([metric]) => metric !== info.metric)
+      .filter(([metric, value]) => metric !== info.metric && value !== null)
       .map(([metric, value]) => [isolated(metric), score(value)]),
     ["Version", `${info.version}`],
     ["Size", bytes(info.bytes)],
     ["Longest text", `${count(info.max_length)} tokens`],
     ["Terms", info.terms ? isolated(info.terms) : null],
     ["In memory", (info.resident ? "yes" : "no, on disk") + (info.pinned ? ", pinned" : "")],
-    ["Last used", ago(info.last_used).replace(/^used /, "").replace("never used", "never")],
+    ["Last used", ago(info.last_used)],
     ["Licence", info.licence ? isolated(info.licence) : null],
     ["Source", info.source ? isolated(info.source) : null],
     ["Fingerprint", make("code", {}, String(info.fingerprint ?? ""))],
@@ -127,7 +127,7 @@ function facts(info) {
 
 function labels(info) {
   if (!info.labels?.length) return null;
-  const list = make("ul", { class: "labels" });
+  const list = make("ul", { class: "label-list" });
   const add = (some) =>
     list.append(...some.map((label) => make("li", { class: "mark" }, isolated(label, { class: "clamp" }))));
   add(info.labels.slice(0, LABELS));
