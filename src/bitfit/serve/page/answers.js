@@ -38,6 +38,7 @@ export function spoken(name, answer) {
   if (answer.error) return `${name}: no answer.`;
   const result = answer.result ?? {};
   const said = {
+    __proto__: null,
     classification: () => (result.abstained ? "abstained" : result.label),
     multilabel: () => (result.labels?.length ? result.labels.slice(0, 5).join(", ") : "no label"),
     regression: () => digits(result.value),
@@ -48,6 +49,7 @@ export function spoken(name, answer) {
 }
 
 const VIEWS = {
+  __proto__: null,
   classification: (result, item, { min_confidence: least }) => [
     result.abstained || result.label === null || result.label === undefined
       ? make(
@@ -151,7 +153,7 @@ function marked(text, found, isTagged) {
     if (isTagged) {
       const tag = make("span", { class: "tag" }, isolated(shorten(piece.label, 40)));
       const title = `${shorten(piece.label, 80)}, ${percent(piece.confidence)}`;
-      box.append(make("mark", { class: `hue-${hue(piece.label)}`, title }, inside, tag));
+      box.append(make("mark", { class: `hue-${hue(piece.label)}`, title }, inside, " ", tag));
     } else {
       box.append(make("mark", { class: "found" }, inside));
     }

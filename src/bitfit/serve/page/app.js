@@ -31,7 +31,7 @@ function route() {
   } catch {
     parts = [];
   }
-  if (head in TITLES) return [head, parts];
+  if (Object.hasOwn(TITLES, head)) return [head, parts];
   return [narrow.matches ? "tasks" : "try", []];
 }
 

@@ -4,6 +4,7 @@
 import { make, shorten, symbol } from "./dom.js";
 
 const SYMBOLS = {
+  __proto__: null,
   query: "b_q", key: "b_k", value: "b_v", attention_output: "b_m1", attention_layernorm: "b_LN1",
   intermediate: "b_m2", output: "b_m3", output_layernorm: "b_LN2",
 };
@@ -86,7 +87,7 @@ function termHead({ term, symbol: name }) {
   const sign = symbol(name);
   return make(
     "th", { scope: "row", role: "rowheader", title: shorten(term, 200) },
-    sign, make("span", { class: "term" }, shorten(term.replaceAll("_", " "), 60)),
+    sign, sign ? " " : null, make("span", { class: "term" }, shorten(term.replaceAll("_", " "), 60)),
   );
 }
 
