@@ -77,6 +77,13 @@ def test_data_never_becomes_markup_or_code_and_no_other_host_is_named():
         assert not re.search(r"@import|url\(", text) or file.suffix == ".js"
 
 
+def test_the_page_knows_the_symbols_of_the_paper():
+    from bitfit.terms import SYMBOLS
+
+    script = (PAGE / "heat.js").read_text(encoding="utf-8")
+    assert dict(re.findall(r'(\w+): "(b_\w+)"', script)) == SYMBOLS
+
+
 # ------------------------------------------------------------------ in Chromium
 
 
