@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import bitfit
-from bitfit.cli import bench, console, experiments, look, train, use
+from bitfit.cli import bench, console, experiments, look, serve, train, use
 from bitfit.errors import BitfitError
 
 INTERRUPTED = 130
@@ -31,6 +31,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "eval": use.evaluate,
     "predict": use.predict,
+    "serve": serve.serve,
     "inspect": look.inspect,
     "diff": look.diff,
     "doctor": look.doctor,
