@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -104,12 +105,14 @@ class Answer:
     @property
     def label(self) -> str | None:
         """classification: the best label; None where none was sure enough."""
-        return self._get("label")
+        found: str | None = self._get("label")
+        return found
 
     @property
     def confidence(self) -> float | None:
         """classification: calibrated probability of the best label."""
-        return self._get("confidence")
+        found: float | None = self._get("confidence")
+        return found
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -124,12 +127,14 @@ class Answer:
     @property
     def value(self) -> float | None:
         """regression: the number."""
-        return self._get("value")
+        found: float | None = self._get("value")
+        return found
 
     @property
     def answer(self) -> str | None:
         """span: the answer, a piece of the context."""
-        return self._get("answer")
+        found: str | None = self._get("answer")
+        return found
 
     @property
     def spans(self) -> list[dict[str, Any]]:
@@ -309,11 +314,11 @@ class Client(_Base):
             ServerError: it is refused.
             BitfitError: the file cannot be read.
         """
-        return _read_info(self._send(_put(name, file, pinned)).json())
+        return _read_info(self._send(_put(name, file, pinned)))
 
     def rollback(self, name: str) -> TaskInfo:
         """Bring the version before back, under a new number."""
-        return _read_info(self._send(_rollback(name)).json())
+        return _read_info(self._send(_rollback(name)))
 
     def delete(self, name: str) -> None:
         """Take a task out."""
@@ -400,11 +405,11 @@ class AsyncClient(_Base):
 
     async def put(self, name: str, file: str | Path | bytes, *, pinned: bool = False) -> TaskInfo:
         """As :meth:`Client.put`."""
-        return _read_info((await self._send(_put(name, file, pinned))).json())
+        return _read_info(await self._send(_put(name, file, pinned)))
 
     async def rollback(self, name: str) -> TaskInfo:
         """As :meth:`Client.rollback`."""
-        return _read_info((await self._send(_rollback(name))).json())
+        return _read_info(await self._send(_rollback(name)))
 
     async def delete(self, name: str) -> None:
         """As :meth:`Client.delete`."""
@@ -510,32 +515,45 @@ def _error(failure: Mapping[str, Any], status: int | None = None) -> ServerError
     )
 
 
+@contextmanager
+def _reading(response: httpx.Response) -> Iterator[Any]:
+    """Give the answer's JSON; that it is of another shape is no bug of the caller's."""
+    try:
+        yield response.json()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ServerError("the answer is not that of a bitfit server", code="bad_answer") from error
+
+
 def _object(response: httpx.Response) -> dict[str, Any]:
-    found = response.json()
-    if not isinstance(found, dict):
-        raise ServerError("the answer is no bitfit server's", code="bad_answer")
-    return found
+    with _reading(response) as found:
+        return dict(found)
 
 
 def _read_answers(response: httpx.Response) -> list[Answer]:
-    return [_read_answer(entry) for entry in _object(response)["answers"]]
+    with _reading(response) as found:
+        return [_answer(entry) for entry in found["answers"]]
 
 
-def _read_answer(entry: Mapping[str, Any]) -> Answer:
+def _read_info(response: httpx.Response) -> TaskInfo:
+    with _reading(response) as found:
+        return _info(found)
+
+
+def _read_tasks(response: httpx.Response) -> tuple[list[TaskInfo], int]:
+    with _reading(response) as found:
+        return [_info(entry) for entry in found["tasks"]], int(found["total"])
+
+
+def _answer(entry: Mapping[str, Any]) -> Answer:
     known = {key: entry[key] for key in _ANSWER_FIELDS if key in entry}
     if entry.get("error") is not None:
         known["error"] = _error(entry["error"])
     return Answer(**known)
 
 
-def _read_info(entry: Mapping[str, Any]) -> TaskInfo:
+def _info(entry: Mapping[str, Any]) -> TaskInfo:
     known = {key: entry[key] for key in _INFO_FIELDS}
     return TaskInfo(**known | {"labels": tuple(entry["labels"])})
-
-
-def _read_tasks(response: httpx.Response) -> tuple[list[TaskInfo], int]:
-    found = _object(response)
-    return [_read_info(entry) for entry in found["tasks"]], int(found["total"])
 
 
 _ANSWER_FIELDS = tuple(f.name for f in fields(Answer) if f.name != "error")

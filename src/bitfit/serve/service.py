@@ -377,7 +377,11 @@ class Service:
 
     def _note(self, change: Any) -> None:
         """Remember what the folder holds, and say what changed there."""
-        raise NotImplementedError
+        if change.what in ("added", "changed"):
+            self._in_folder[change.name] = self.shelf.info(change.name).fingerprint
+        elif change.what == "removed":
+            self._in_folder.pop(change.name, None)
+        log("folder", change=change.what, task=change.name)
 
     # --- numbers --------------------------------------------------------------------------------
 
