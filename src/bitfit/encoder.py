@@ -153,9 +153,14 @@ class Encoder:
                 self.state.shifts, self.state.index, self.state.dropout = {}, None, None
 
     def pool(
-        self, hidden: Tensor, batch: Batch, pooling: str, shifts: Mapping[str, Tensor]
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        pooling: str,
+        shifts: Mapping[str, Tensor],
+        index: Tensor | None = None,
     ) -> Tensor:
-        """Return one vector per sequence, ``(B, hidden)``, of a batch whose rows all agree.
+        """Return one vector per sequence, ``(B, hidden)``; arguments as of :meth:`encode`.
 
         ``pooler`` is the pretrained layer over [CLS], whose bias belongs to the sequence and not to
         its tokens; ``cls`` the first token; ``mean`` the mean over the tokens, specials included.
@@ -170,6 +175,8 @@ class Encoder:
         first = first.to(self.dtype)
         with self._lock:
             self.state.shifts = shifts
+            if index is not None:
+                self.state.index = RowIndex(index, _row_count(shifts))
             try:
                 # transformers' poolers look at hidden[:, 0]; ALBERT's is a bare Linear.
                 if isinstance(self.pooler, BankedLinear):
@@ -177,7 +184,7 @@ class Encoder:
                 pooled: Tensor = self.pooler(first[:, None])
                 return pooled.float()
             finally:
-                self.state.shifts = {}
+                self.state.shifts, self.state.index = {}, None
 
     def _run_packed(self, batch: Batch, index: Tensor | None) -> Tensor:
         if index is not None:
