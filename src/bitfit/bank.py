@@ -291,13 +291,17 @@ class Bank:
         scales = torch.stack([self._scales[block][place] for block, place in places])
         return dequantize(rows, scales, self.layout.lengths)
 
-    def shifts(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Return what these rows add, ``(len(indices), length)`` by module path.
+    def biases(self, indices: Sequence[int], base: Tensor) -> dict[str, Tensor]:
+        """Return what these rows make of the biases, ``(len(indices), length)`` by module path.
 
         Sites that are zero in all of them are left out: there all are the base.
+
+        Args:
+            indices: the rows.
+            base: the base's own biases ``(n,)``.
         """
         touched = np.logical_or.reduce([self._touched[index] for index in indices])
-        parts = self.layout.split(self.gather(indices))
+        parts = self.layout.split(self.gather(indices).add_(base))
         return {
             path: part for (path, part), is_used in zip(parts.items(), touched, strict=True)
             if is_used

@@ -60,12 +60,17 @@ def compute_logits(
         chosen = sorted(chosen, key=lambda i: index[i])
         used = sorted({index[i] for i in chosen})
         number = {row: place for place, row in enumerate(used)}
-        # only the rows that this batch uses: (U, length)
-        shifts = rows.shifts(used) if isinstance(rows, Bank) else layout.split(rows[used])
+        # Only the rows that this batch uses, each with the base added once for all sites.
+        base = encoder.biases(layout)
+        biases = (
+            rows.biases(used, base)
+            if isinstance(rows, Bank)
+            else layout.split(rows[used].float() + base)
+        )
         logits = mixed_logits(
             encoder,
             [features[i] for i in chosen],
-            shifts,
+            biases,
             [heads[row] for row in used],
             [number[index[i]] for i in chosen],
         )
@@ -77,7 +82,7 @@ def compute_logits(
 def mixed_logits(
     encoder: Encoder,
     features: Sequence[Feature],
-    shifts: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
     heads: Sequence[TaskHead],
     places: Sequence[int],
 ) -> list[Logits]:
@@ -86,13 +91,13 @@ def mixed_logits(
     Args:
         encoder: the frozen base.
         features: the sequences, those of a row together.
-        shifts: what each of U rows adds, ``(U, length)`` by module path.
+        biases: those of each of U rows, the base's in them, ``(U, length)`` by module path.
         heads: the head of each row.
         places: the row of each sequence, not falling.
     """
     batch = pack(features).to(encoder.device)
     index = None if len(heads) == 1 else torch.tensor(places, device=encoder.device)
-    hidden = encoder.encode(batch, shifts, index)
+    hidden = encoder.encode(batch, biases, index, holds_base=True)
     found: list[Logits] = [np.empty(0, np.float32)] * len(features)
     groups: dict[Head, list[int]] = {}
     for sequence, place in enumerate(places):
@@ -100,7 +105,9 @@ def mixed_logits(
     pooled: dict[str, Tensor] = {}
     for head, members in groups.items():
         if head.pooling not in pooled and head.kind not in ("tokens", "span"):
-            pooled[head.pooling] = encoder.pool(hidden, batch, head.pooling, shifts, index)
+            pooled[head.pooling] = encoder.pool(
+                hidden, batch, head.pooling, biases, index, holds_base=True
+            )
         vectors, counts = _group_inputs(head, hidden, batch, pooled, members)
         logits = _group_logits(head, vectors, counts, [places[i] for i in members], heads)
         whole = head.kind not in ("tokens", "span")
