@@ -10,17 +10,18 @@ SOURCE = Path(bitfit.__file__).parent
 # Each may import those before it, of its own line too. The order is that of ARCHITECTURE.md.
 LAYERS = (
     {"errors"},
-    {"tasks", "storage", "calibration"},
+    {"tasks", "storage", "calibration", "rounding"},
     {"metrics", "data", "terms", "identity"},
     {"bank", "base", "batches"},
     {"dropout", "leaves"},
     {"attention", "recompute"},
     {"encoder", "taskfile", "comparison"},
     {"heads", "inference"},
+    {"held"},
     {"model", "tuned"},
     {"training"},
     {"plots", "doctor", "demo", "bench"},
-    {"experiments"},
+    {"experiments", "serve"},
     {"cli", "__main__"},
 )
 

@@ -1,5 +1,6 @@
-"""Many tasks behind one HTTP address: the shelf of tasks, the engine, the queue and the routes.
+"""Serving: many tasks over one base, added, replaced and removed while they answer.
 
-Needs the extra ``serve``. Nothing here is imported before ``bitfit serve`` (or a program of yours)
-asks for it.
+``shelf`` holds the tasks and ``engine`` answers with them; ``microbatch`` makes batches of requests,
+``service`` ties the three, ``app`` has the routes and ``run`` the process. All but the first two
+need the extra ``serve``.
 """
