@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 
@@ -21,7 +20,7 @@ from bitfit.serve.auth import Keys
 from bitfit.serve.engine import Answer, Ready
 from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig
-from bitfit.serve.shelf import TaskInfo
+from bitfit.serve.shelf import Change, TaskInfo
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task
 from test_taskfile import make
@@ -63,14 +62,18 @@ class DummyShelf:
         self.seen: dict[str, bytes] = {}
         self.lock = threading.Lock()
         self.made = 0
+        self.numbers: dict[str, int] = {}
 
-    def put(self, name, file, *, source=None, pinned=False):
+    def __contains__(self, name):
+        return name in self.versions
+
+    def put(self, name, file, *, source=None, pinned=False, version=1):
         if file.base.sha256 != "b" * 64:
             raise WrongBase(f"{name}: made for another base")
         with self.lock:
             before = self.versions.setdefault(name, [])
             self.made += 1
-            number = before[-1][0].version + 1 if before else 1
+            number = self.numbers[name] = max(self.numbers.get(name, 0) + 1, version)
             info = TaskInfo(
                 name=name, version=number, kind=file.task.kind, labels=file.task.labels,
                 metric=file.task.metric, score=file.score, is_pair=file.task.is_pair,
@@ -100,7 +103,7 @@ class DummyShelf:
         return self.versions[name][-1][0]
 
     def infos(self):
-        return [versions[-1][0] for versions in list(self.versions.values())]
+        return [versions[-1][0] for _, versions in sorted(self.versions.items())]
 
     def file(self, name):
         self.info(name)
@@ -123,14 +126,14 @@ class DummyShelf:
                 continue
             what = "changed" if name in self.seen else "added"
             try:
-                self.put(name, TaskFile.from_bytes(data, name), source=str(directory))
-                changes.append(SimpleNamespace(name=name, what=what, message=None))
+                info = self.put(name, TaskFile.from_bytes(data, name), source=str(directory))
+                changes.append(Change(what, name, str(directory), "", info))
             except TaskFileError as error:
-                changes.append(SimpleNamespace(name=name, what="refused", message=str(error)))
+                changes.append(Change("refused", name, str(directory), str(error)))
         for name in self.seen.keys() - found.keys():
-            if name in self.versions:
+            if name in self.versions and self.info(name).source == str(directory):
                 self.remove(name)
-            changes.append(SimpleNamespace(name=name, what="removed", message=None))
+                changes.append(Change("removed", name, str(directory)))
         self.seen = found
         return changes
 

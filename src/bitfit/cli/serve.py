@@ -114,7 +114,7 @@ def run(given: Mapping[str, Any]) -> None:
     from bitfit.serve.auth import Keys, check_bind
     from bitfit.serve.run import listen, open_service, serve
     from bitfit.serve.settings import ServeConfig
-    from bitfit.taskfile import STORAGE_TYPES
+    from bitfit.rounding import STORAGE_TYPES
 
     if given["storage"] not in STORAGE_TYPES:
         raise UsageError(

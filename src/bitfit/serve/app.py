@@ -91,17 +91,16 @@ class _Routes:
         predict, manage = [Depends(self._allow("predict"))], [Depends(self._allow("manage"))]
 
         def route(
-            method: str, path: str, call: Callable[..., Any], status: int, model: Any,
-            *, needs: Any = (), errors: tuple[int, ...] = (), **more: Any,
+            method: str, path: str, call: Callable[..., Any], status: int, answer: Any,
+            *, needs: Any = (), errors: tuple[int, ...] = (), also: Any = None, **more: Any,
         ) -> None:  # fmt: skip
             codes = (*errors, *((401, 403) if needs else ()), 503)
-            told: dict[int | str, dict[str, Any]] = {c: {"model": wire.ErrorOut} for c in codes}
-            told[status] = {"model": model} if isinstance(model, type) else (model or {})
-            told[status].setdefault("description", "Done.")
-            told |= more.pop("also", {})
+            told = {code: _json("An error.", wire.ErrorOut) for code in codes}
+            is_model = isinstance(answer, type)
+            told[status] = _json("Done.", answer) if is_model else {"description": "Done."} | answer
             app.add_api_route(
                 path, call, methods=[method], status_code=status, response_model=None,
-                responses=told, dependencies=list(needs), **more,
+                responses=told | (also or {}), dependencies=list(needs), **more,
             )  # fmt: skip
 
         route("POST", "/v1/predict", self.predict, 200, wire.PredictOut, needs=predict,
@@ -117,11 +116,11 @@ class _Routes:
               errors=(404, 422), tags=["manage"])  # fmt: skip
         route("PUT", "/v1/tasks/{name}", self.put, 200, wire.TaskOut, needs=manage,
               errors=(408, 409, 413, 422), tags=["manage"],
-              also={201: {"model": wire.TaskOut, "description": "A new task."}},
+              also={201: _json("A new task.", wire.TaskOut)},
               openapi_extra=_body("application/octet-stream", _BINARY["schema"]))  # fmt: skip
         route("POST", "/v1/tasks/{name}/rollback", self.rollback, 200, wire.TaskOut, needs=manage,
               errors=(404, 409, 422), tags=["manage"])  # fmt: skip
-        route("DELETE", "/v1/tasks/{name}", self.delete, 204, None, needs=manage,
+        route("DELETE", "/v1/tasks/{name}", self.delete, 204, {}, needs=manage,
               errors=(404, 422), tags=["manage"])  # fmt: skip
         route("GET", "/v1/compare", self.compare, 200, wire.CompareOut, needs=predict,
               errors=(404, 422), tags=["tasks"])  # fmt: skip
@@ -337,14 +336,17 @@ def _body(content_type: str, schema: Any) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}}
 
 
+def _json(description: str, model: type) -> dict[str, Any]:
+    """Return an answer by reference: FastAPI neither checks nor copies it."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
-        # Bodies that the routes read themselves, to bound them, are unknown to FastAPI.
-        body = wire.PredictIn.model_json_schema(ref_template="#/components/schemas/{model}")
-        models = schema.setdefault("components", {}).setdefault("schemas", {})
-        models |= body.pop("$defs") | {"PredictIn": body}
+        schema.setdefault("components", {})["schemas"] = wire.schemas()
         app.openapi_schema = schema
     return app.openapi_schema

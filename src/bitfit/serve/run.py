@@ -21,7 +21,7 @@ from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.shelf import Shelf
 from bitfit.serve.uploads import Uploads
-from bitfit.taskfile import StorageType
+from bitfit.rounding import StorageType
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75

@@ -25,7 +25,7 @@ from bitfit.serve.microbatch import (
     Refused,
 )
 from bitfit.serve.settings import ServeConfig
-from bitfit.serve.shelf import Shelf, TaskInfo
+from bitfit.serve.shelf import Change, Shelf, TaskInfo
 from bitfit.serve.uploads import Entry, Uploads
 from bitfit.serve.wire import number
 from bitfit.taskfile import TaskFile
@@ -214,13 +214,17 @@ class Service:
 
     def _put(self, name: str, data: bytes, pinned: bool) -> tuple[TaskInfo, bool]:
         file = TaskFile.from_bytes(data, "the upload")
-        is_new = not self._has(name)
+        is_new = name not in self.shelf
         if self.uploads is None:
             return self.shelf.put(name, file, pinned=pinned), is_new
-        digest = self.uploads.keep(data)
-        info = self.shelf.put(
-            name, file, source=str(self.uploads.path(digest)), pinned=pinned
-        )  # fmt: skip
+        digest, is_kept = self.uploads.keep(data)
+        source = str(self.uploads.path(digest))
+        try:
+            info = self.shelf.put(name, file, source=source, pinned=pinned)
+        except BitfitError:
+            if not is_kept:
+                self.uploads.forget(digest)
+            raise
         try:
             self._record(name, digest, info.version)
         except BitfitError:  # neither here nor there
@@ -247,8 +251,8 @@ class Service:
             )
         info = self.shelf.rollback(name)
         if self.uploads is not None:
-            file = self.shelf.file(name)
-            self._record(name, self.uploads.keep(file.to_bytes(file.dtype)), info.version)
+            digest, _ = self.uploads.keep(_bytes_of(self.shelf.file(name)))
+            self._record(name, digest, info.version)
         return info
 
     async def remove(self, name: str) -> None:
@@ -274,13 +278,6 @@ class Service:
             name, digest, version=version, over=self._in_folder.get(name)
         )
 
-    def _has(self, name: str) -> bool:
-        try:
-            self.shelf.info(name)
-        except UnknownTask:
-            return False
-        return True
-
     def _changed(self, change: str, info: TaskInfo) -> None:
         self.metrics.changed(change)
         log("task", change=change, task=info.name, version=info.version,
@@ -288,7 +285,7 @@ class Service:
 
     async def infos(self) -> list[TaskInfo]:
         """Return every task, by name."""
-        return sorted(self.shelf.infos(), key=lambda info: info.name)
+        return self.shelf.infos()
 
     async def describe(self, name: str) -> tuple[TaskInfo, dict[str, Any]]:
         """Return a task, and ``recipe, scores, terms, change`` of its file.
@@ -314,12 +311,7 @@ class Service:
         Raises:
             UnknownTask: there is no such task.
         """
-
-        def read() -> bytes:
-            file = self.shelf.file(name)
-            return file.to_bytes(file.dtype)
-
-        return await self._in("tasks", read)
+        return await self._in("tasks", lambda: _bytes_of(self.shelf.file(name)))
 
     async def compare(self, a: str, b: str) -> list[dict[str, Any]]:
         """Return :func:`bitfit.comparison.compare` of two tasks, with the terms' symbols.
@@ -351,7 +343,8 @@ class Service:
         if self.uploads is None or not (strict or self.uploads.has_changed()):
             return
         for name, entry in self.uploads.entries().items():
-            if self._applied.get(name) != entry and entry.over == self._in_folder.get(name):
+            newer = name in self._in_folder and entry.over != self._in_folder[name]
+            if self._applied.get(name) != entry and not newer:
                 try:
                     self._apply(name, entry)
                 except BitfitError as error:
@@ -365,23 +358,28 @@ class Service:
             with suppress(UnknownTask):
                 self.shelf.remove(name)
             return
-        for digest in entry.files[-1:] if self._has(name) else entry.files[-2:]:
-            file = self.uploads.read(digest)
-            self._changed_by_others(
-                self.shelf.put(name, file, source=str(self.uploads.path(digest)))
-            )
+        digests = entry.files[-1:] if name in self.shelf else entry.files[-2:]
+        for earlier, digest in zip(range(len(digests) - 1, -1, -1), digests, strict=True):
+            info = self.shelf.put(
+                name, self.uploads.read(digest), source=str(self.uploads.path(digest)),
+                version=entry.version - earlier,
+            )  # fmt: skip
+            self._changed_by_others(info)
 
     def _changed_by_others(self, info: TaskInfo) -> None:
         log("task", change="taken_over", task=info.name, version=info.version,
             fingerprint=info.fingerprint)  # fmt: skip
 
-    def _note(self, change: Any) -> None:
+    def _note(self, change: Change) -> None:
         """Remember what the folder holds, and say what changed there."""
-        if change.what in ("added", "changed"):
-            self._in_folder[change.name] = self.shelf.info(change.name).fingerprint
+        if change.info is not None:
+            self._in_folder[change.name] = change.info.fingerprint
         elif change.what == "removed":
             self._in_folder.pop(change.name, None)
-        log("folder", change=change.what, task=change.name)
+        self.metrics.changed(change.what)
+        level = logging.WARNING if change.what == "refused" else logging.INFO
+        log("folder", level=level, change=change.what, task=change.name,
+            message=change.message or None)  # fmt: skip
 
     # --- numbers --------------------------------------------------------------------------------
 
@@ -410,6 +408,10 @@ class Service:
         self.metrics.tasks.set(len(infos))
         self.metrics.resident.set(sum(info.resident for info in infos))
         return self.metrics.render()
+
+
+def _bytes_of(file: TaskFile) -> bytes:
+    return file.to_bytes(file.dtype)
 
 
 def _release(ready: Ready) -> None:

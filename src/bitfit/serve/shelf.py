@@ -214,8 +214,9 @@ class Shelf:
     # ------------------------------------------------------------------ changes
 
     def put(
-        self, name: str, file: TaskFile, *, source: str | None = None, pinned: bool = False
-    ) -> TaskInfo:
+        self, name: str, file: TaskFile, *, source: str | None = None, pinned: bool = False,
+        version: int = 1,
+    ) -> TaskInfo:  # fmt: skip
         """Add a task, or replace it by a new version, at once for whoever asks from then on.
 
         Args:
@@ -224,6 +225,7 @@ class Shelf:
             source: path or URL that the same file can be read again from; None: the row stays in
                 memory.
             pinned: its row is never dropped.
+            version: number that it has at least, as after a restart; never less than the next.
 
         Raises:
             WrongBase: the file was made for another base.
@@ -235,8 +237,8 @@ class Shelf:
         with self._lock:
             old = self._current.get(name)
             before = None if old is None else self._before(old, source)
-            version = self._add(name, file, fitting, source, pinned, before)
-            return self._info(version)
+            self._numbers[name] = max(self._numbers.get(name, 0), version - 1)
+            return self._info(self._add(name, file, fitting, source, pinned, before))
 
     def rollback(self, name: str) -> TaskInfo:
         """Make the version before the current one, under a new version number, and return it.

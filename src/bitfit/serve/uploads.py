@@ -7,7 +7,6 @@ folder: each change is made under a lock, and each reads what the others wrote.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ KEPT = 5
 """Versions of a task whose files are kept."""
 LOCK_SECONDS = 10.0
 MAX_LIST_BYTES = 64 << 20
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-"""What a task that comes over the network may be called."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +65,20 @@ class Uploads:
         assert is_sha256(digest)
         return self.directory / f"{digest}.bitfit.safetensors"
 
-    def keep(self, data: bytes) -> str:
-        """Write a file's bytes, whole or not at all, and return their SHA-256.
+    def keep(self, data: bytes) -> tuple[str, bool]:
+        """Write a file's bytes, whole or not at all.
+
+        Returns:
+            Their SHA-256, and whether the file was there already.
 
         Raises:
             BitfitError: it cannot be written.
         """
         digest = sha256(data).hexdigest()
-        if not self.path(digest).exists():
+        is_there = self.path(digest).exists()
+        if not is_there:
             atomic_write(self.path(digest), data)
-        return digest
+        return digest, is_there
 
     def read(self, digest: str) -> TaskFile:
         """Return the task in a kept file, checked as any task file.

@@ -7,12 +7,12 @@ from math import isfinite
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic.json_schema import models_json_schema
 
 from bitfit.errors import BitfitError
 from bitfit.serve.engine import Answer, Item
 from bitfit.serve.failures import RequestFailed, from_error
-from bitfit.serve.shelf import TaskInfo
-from bitfit.serve.uploads import NAME
+from bitfit.serve.shelf import NAME, TaskInfo
 
 NAME_PATTERN = f"^{NAME.pattern}$"
 MAX_ITEMS = 1 << 16
@@ -256,6 +256,20 @@ class HealthOut(BaseModel):
     """``ok``, or what stands against it."""
 
     status: str
+
+
+def schemas() -> dict[str, Any]:
+    """Return the JSON schema of every model here, by name."""
+    _, found = models_json_schema(
+        [(PredictIn, "validation"), *((model, "serialization") for model in _ANSWERS)],
+        ref_template="#/components/schemas/{model}",
+    )  # fmt: skip
+    return dict(found["$defs"])
+
+
+_ANSWERS = (
+    PredictOut, TaskOut, TaskDetailOut, TasksOut, CompareOut, StatsOut, HealthOut, ErrorOut,
+)  # fmt: skip
 
 
 def read_predict(body: bytes) -> PredictIn:
