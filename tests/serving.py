@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import httpx
+from test_taskfile import make
 
 from bitfit.errors import TaskFileError, UnknownTask, UsageError, WrongBase
 from bitfit.serve.app import make_app
@@ -23,7 +24,6 @@ from bitfit.serve.settings import ServeConfig
 from bitfit.serve.shelf import Change, TaskInfo
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task
-from test_taskfile import make
 
 PREDICT, MANAGE = "predict-key-0123456789", "manage-key-0123456789"
 KEYS = Keys.parse(f"predict:{PREDICT} manage:{MANAGE}", "test")
@@ -240,5 +240,3 @@ def error_of(response):
     assert body.keys() == {"error"}
     assert {"code", "message"} <= body["error"].keys() <= {"code", "message", "details"}
     return body["error"]
-
-

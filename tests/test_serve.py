@@ -9,6 +9,8 @@ import logging
 import re
 
 import pytest
+from serving import KEYS, MANAGE, PREDICT, ask, error_of, in_site, open_site, task_file
+from test_taskfile import GOOD, forge
 
 import bitfit
 from bitfit.errors import UsageError
@@ -19,8 +21,6 @@ from bitfit.serve.auth import Keys, check_bind
 from bitfit.serve.metrics import OTHER, Metrics
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.uploads import Uploads
-from serving import KEYS, MANAGE, PREDICT, ask, error_of, in_site, open_site, task_file
-from test_taskfile import GOOD, forge
 
 # --- answers ------------------------------------------------------------------------------------
 
@@ -282,7 +282,9 @@ def test_a_server_that_stops_answers_what_it_has_accepted():
             assert "retry-after" in response.headers
             site.engine.gate.set()
             await stopping
-            found = [r.json()["answers"][0]["result"]["label"] for r in await asyncio.gather(*accepted)]
+            found = [
+                r.json()["answers"][0]["result"]["label"] for r in await asyncio.gather(*accepted)
+            ]
             assert found == [str(i) for i in range(8)]
 
     asyncio.run(main())
@@ -414,8 +416,6 @@ def test_hostile_uploads_are_refused_by_name_and_leave_nothing(what, tmp_path):
     in_site(check, uploads=Uploads(tmp_path))
 
 
-
-
 def test_any_flipped_bit_of_an_upload_is_refused():
     async def check(site, client):
         for bit in range(0, len(GOOD) * 8, len(GOOD) * 8 // 40):
@@ -543,7 +543,11 @@ def test_servers_that_share_a_folder_take_over_what_the_others_were_sent(tmp_pat
 
 def test_a_damaged_list_of_uploads_is_an_error_and_never_ignored(tmp_path):
     (tmp_path / ".uploads").mkdir()
-    for text in ("{", '{"format": 2, "tasks": {}}', '{"format": 1, "tasks": {"a": {"files": ["x"]}}}'):
+    for text in (
+        "{",
+        '{"format": 2, "tasks": {}}',
+        '{"format": 1, "tasks": {"a": {"files": ["x"]}}}',
+    ):
         (tmp_path / ".uploads" / "tasks.json").write_text(text, encoding="utf-8")
         with pytest.raises(bitfit.BitfitError, match=r"tasks\.json: .*restore it"):
             Uploads(tmp_path).entries()
@@ -765,7 +769,11 @@ def log_lines():
 def test_the_log_has_no_texts_and_no_keys(log_lines):
     async def check(site, client):
         await client.post("/v1/predict", json=ask(("mood", "a private text"), ("x", "another one")))
-        await client.post("/v1/predict", json=ask(("mood", "third")), headers={"Authorization": "Bearer nonsense-nonsense"})
+        await client.post(
+            "/v1/predict",
+            json=ask(("mood", "third")),
+            headers={"Authorization": "Bearer nonsense-nonsense"},
+        )
         await client.get("/v1/tasks?query=searched")
         await client.put("/v1/tasks/new", content=GOOD)
 

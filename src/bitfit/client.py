@@ -264,9 +264,7 @@ class Client(_Base):
         """Close the connections."""
         self._client.close()
 
-    def predict(
-        self, items: Iterable[AnyItem], *, deadline_ms: int | None = None
-    ) -> list[Answer]:
+    def predict(self, items: Iterable[AnyItem], *, deadline_ms: int | None = None) -> list[Answer]:
         """Return the answer to each item, in order; one that failed has ``error``.
 
         Args:

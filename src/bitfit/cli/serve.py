@@ -110,16 +110,14 @@ def run(given: Mapping[str, Any]) -> None:
 
     import torch
 
+    from bitfit.rounding import STORAGE_TYPES
     from bitfit.serve import logs
     from bitfit.serve.auth import Keys, check_bind
     from bitfit.serve.run import listen, open_service, serve
     from bitfit.serve.settings import ServeConfig
-    from bitfit.rounding import STORAGE_TYPES
 
     if given["storage"] not in STORAGE_TYPES:
-        raise UsageError(
-            f"--storage {given['storage']!r} is not one of {', '.join(STORAGE_TYPES)}"
-        )
+        raise UsageError(f"--storage {given['storage']!r} is not one of {', '.join(STORAGE_TYPES)}")
     names = {field.name for field in fields(ServeConfig)}
     config = ServeConfig(
         **{k: v for k, v in given.items() if k in names}, watch_seconds=given["watch"]

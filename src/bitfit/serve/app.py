@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 import bitfit
 from bitfit.errors import BitfitError, UnknownTask
@@ -33,10 +34,8 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _bearer = HTTPBearer(auto_error=False, description="One of the server's API keys.")
 
 
-class Json(Response):
-    """An answer in JSON."""
-
-    media_type = "application/json"
+class Json(JSONResponse):
+    """An answer in JSON; NaN is an error."""
 
     def render(self, content: Any) -> bytes:
         """Return the body."""
@@ -259,9 +258,7 @@ class _Routes:
         return Response(found.data, headers=headers | {"content-type": found.content_type})
 
 
-async def _until_gone(
-    request: Request, work: Coroutine[Any, Any, list[Found]]
-) -> list[Found]:
+async def _until_gone(request: Request, work: Coroutine[Any, Any, list[Found]]) -> list[Found]:
     """Return the result of ``work``, which is cancelled where the client goes away."""
     answer = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))

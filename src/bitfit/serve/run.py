@@ -14,6 +14,7 @@ import uvicorn
 
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError, UsageError
+from bitfit.rounding import StorageType
 from bitfit.serve.app import make_app
 from bitfit.serve.auth import Keys, check_bind
 from bitfit.serve.engine import Engine
@@ -21,7 +22,6 @@ from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.shelf import Shelf
 from bitfit.serve.uploads import Uploads
-from bitfit.rounding import StorageType
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
@@ -56,7 +56,9 @@ def open_service(
     is_url = config.tasks is not None and "://" in config.tasks
     if config.tasks is not None and not is_url:
         _check_folder(Path(config.tasks))
-    encoder = open_encoder(base, dtype, device, revision=revision) if isinstance(base, str) else base
+    encoder = (
+        open_encoder(base, dtype, device, revision=revision) if isinstance(base, str) else base
+    )
     shelf = Shelf(encoder, storage=storage, max_resident=max_resident)
     engine = Engine(shelf, max_tokens=config.max_tokens)
     uploads = Uploads(config.tasks) if config.tasks is not None and not is_url else None

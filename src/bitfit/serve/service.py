@@ -442,5 +442,3 @@ def _outcome(found: Found) -> tuple[str, str | None]:
     if isinstance(found, Answer):
         return "answered", found.task
     return ("unknown_task", None) if isinstance(found, UnknownTask) else ("failed", None)
-
-

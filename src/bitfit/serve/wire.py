@@ -32,9 +32,9 @@ class ItemIn(_Strict):
     text_pair: Annotated[
         str | None, Field(description="Second text of a pair; of a span task the context.")
     ] = None
-    id: Annotated[
-        str | None, Field(max_length=200, description="Comes back with the answer.")
-    ] = None
+    id: Annotated[str | None, Field(max_length=200, description="Comes back with the answer.")] = (
+        None
+    )
     top_k: Annotated[
         int | None, Field(ge=1, le=100_000, description="So many scores, the best; null: all.")
     ] = None
