@@ -1,7 +1,7 @@
 """The tasks that can be asked: versions of task files, changed by any thread at any time.
 
-A version is leased for as long as a request needs it. Replacing a task makes a new version; requests
-that hold the old one finish on it, and its row is freed with the last of them.
+A version is leased for as long as a request needs it. Replacing a task makes a new version;
+requests that hold the old one finish on it, and its row is freed with the last of them.
 """
 
 from __future__ import annotations
