@@ -206,7 +206,8 @@ async def open_site(
     for name in tasks:
         shelf.put(name, task_file(name))
     service = Service(
-        shelf, DummyEngine(shelf, seconds), ServeConfig(tasks=folder, **options), base={"name": "tiny"},
+        shelf, DummyEngine(shelf, seconds), ServeConfig(tasks=folder, **options),
+        base={"name": "tiny"},
         uploads=uploads,
     )  # fmt: skip
     site = Site(service, keys)

@@ -313,7 +313,7 @@ def test_small_batches_say_nothing_of_the_speed():
 
 
 def test_draining_answers_what_was_accepted_and_refuses_the_rest():
-    queue, machine, _ = make()
+    queue, _, _ = make()
 
     async def late_reader():
         """Accepted, but its texts are still being read when the queue is told to stop."""

@@ -22,7 +22,7 @@ from bitfit.serve.metrics import OTHER, Metrics
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.uploads import Uploads
 
-# --- answers ------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def test_one_call_mixes_tasks_and_keeps_the_order():
@@ -182,7 +182,7 @@ def test_bodies_that_come_too_slowly_or_too_many_at_once_are_refused():
     )
 
 
-# --- queue, deadlines, clients that leave ----------------------------------------------------------
+# --- queue, deadlines, clients that leave ---------------------------------------------------------
 
 
 def test_a_full_queue_answers_429_with_a_time_to_come_back():
@@ -317,7 +317,7 @@ def test_twice_the_load_is_refused_in_part_and_the_rest_is_answered_in_time():
     in_site(check, seconds=0.005, max_tokens=16, max_delay_ms=200, max_queue_items=60, max_items=8)
 
 
-# --- tasks --------------------------------------------------------------------------------------
+# --- tasks ----------------------------------------------------------------------------------------
 
 
 def test_tasks_are_listed_by_name_searched_and_paged():
@@ -658,7 +658,7 @@ def test_without_keys_pages_of_other_sites_are_kept_out():
     asyncio.run(main())
 
 
-# --- page, metrics, log ----------------------------------------------------------------------------
+# --- page, metrics, log ---------------------------------------------------------------------------
 
 
 def test_the_page_and_its_files_come_from_the_package_under_a_strict_policy():
@@ -799,7 +799,7 @@ def test_texts_are_logged_where_that_is_asked_for(log_lines):
     assert "shown" in json.dumps(log_lines())
 
 
-# --- settings, OpenAPI ------------------------------------------------------------------------------
+# --- settings, OpenAPI ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

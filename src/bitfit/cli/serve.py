@@ -91,8 +91,8 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve task files over HTTP, with a page to look at them and try them.
 
-    All tasks share one base; requests of any tasks are answered in common batches. Ctrl-C or SIGTERM
-    ends the server after what it has accepted. Needs the extra: serve.
+    All tasks share one base; requests of any tasks are answered in common batches. Ctrl-C or
+    SIGTERM ends the server after what it has accepted. Needs the extra: serve.
     """  # fmt: skip
     given = dict(locals())
     _check_extra()

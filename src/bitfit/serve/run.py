@@ -56,13 +56,12 @@ def open_service(
     is_url = config.tasks is not None and "://" in config.tasks
     if config.tasks is not None and not is_url:
         _check_folder(Path(config.tasks))
-    encoder = (
-        open_encoder(base, dtype, device, revision=revision) if isinstance(base, str) else base
-    )
-    shelf = Shelf(encoder, storage=storage, max_resident=max_resident)
+    if isinstance(base, str):
+        base = open_encoder(base, dtype, device, revision=revision)
+    shelf = Shelf(base, storage=storage, max_resident=max_resident)
     engine = Engine(shelf, max_tokens=config.max_tokens)
     uploads = Uploads(config.tasks) if config.tasks is not None and not is_url else None
-    return Service(shelf, engine, config, base=describe_base(encoder), uploads=uploads)
+    return Service(shelf, engine, config, base=describe_base(base), uploads=uploads)
 
 
 def describe_base(encoder: Encoder) -> dict[str, Any]:
@@ -149,7 +148,7 @@ async def serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, told to stop: requests are refused first, and the process ends as if it were done."""
+    """uvicorn that says first that it stops, and that ends a process as if it were done."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
