@@ -16,17 +16,17 @@ from bitfit.serve.engine import Engine, Item, Ready
 from bitfit.serve.shelf import FINGERPRINT, Shelf
 
 KINDS = {
-    "mood": dict(kind="classification"),
-    "topic": dict(kind="classification", labels=("a", "b", "c", "d"), terms="query,b_m2"),
-    "other": dict(kind="classification", labels=("a", "b", "c", "d"), pooling="mean", seed=1),
-    "first": dict(kind="classification", labels=("a", "b", "c", "d"), pooling="cls", seed=2),
-    "pooled": dict(kind="regression", terms="all,pooler", seed=3),
-    "score": dict(kind="regression", seed=4),
-    "tags": dict(kind="multilabel", labels=("x", "y", "z"), seed=5),
-    "words": dict(kind="tokens", labels=("O", "B-p", "I-p"), seed=6),
-    "late": dict(kind="tokens", labels=("O", "B-p", "I-p"), terms="all@1", seed=7),
-    "qa": dict(kind="span", seed=8),
-    "qa2": dict(kind="span", seed=9, terms="intermediate@1"),
+    "mood": {"kind": "classification"},
+    "topic": {"kind": "classification", "labels": ("a", "b", "c", "d"), "terms": "query,b_m2"},
+    "other": {"kind": "classification", "labels": ("a", "b", "c", "d"), "pooling": "mean", "seed": 1},
+    "first": {"kind": "classification", "labels": ("a", "b", "c", "d"), "pooling": "cls", "seed": 2},
+    "pooled": {"kind": "regression", "terms": "all,pooler", "seed": 3},
+    "score": {"kind": "regression", "seed": 4},
+    "tags": {"kind": "multilabel", "labels": ("x", "y", "z"), "seed": 5},
+    "words": {"kind": "tokens", "labels": ("O", "B-p", "I-p"), "seed": 6},
+    "late": {"kind": "tokens", "labels": ("O", "B-p", "I-p"), "terms": "all@1", "seed": 7},
+    "qa": {"kind": "span", "seed": 8},
+    "qa2": {"kind": "span", "seed": 9, "terms": "intermediate@1"},
 }  # fmt: skip
 
 
@@ -68,8 +68,10 @@ texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join)
 mixtures = st.lists(st.tuples(st.sampled_from(sorted(KINDS)), texts), min_size=1, max_size=8)
 
 
-@pytest.mark.parametrize(("family", "packed"), [("bert", True), ("bert", False),
-                                                ("roberta", True), ("deberta-v2", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [("bert", True), ("bert", False), ("roberta", True), ("deberta-v2", False)],
+)
 @settings(max_examples=8, deadline=None)
 @given(mixture=mixtures, order=st.randoms(use_true_random=False))
 def test_an_item_in_any_company_is_the_item_alone(family, packed, mixture, order, engines):

@@ -20,8 +20,8 @@ LAYERS = (
     {"held"},
     {"model", "tuned"},
     {"training"},
-    {"plots", "doctor", "demo", "bench"},
-    {"experiments", "serve"},
+    {"plots", "doctor", "demo", "serve", "bench"},
+    {"experiments"},
     {"cli", "__main__"},
 )
 

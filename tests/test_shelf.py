@@ -86,9 +86,9 @@ def test_a_file_that_does_not_fit_changes_nothing(shelf, encoder, open_tiny):
     shelf.put("m", make_task(encoder))
     with pytest.raises(WrongBase):
         shelf.put("m", make_task(open_tiny("bert", 1)))
+    odd = dataclasses.replace(make_task(encoder), head={"classifier.weight": torch.zeros(2, 3)})
     with pytest.raises(TaskFileError):
-        file = make_task(encoder)
-        shelf.put("m", dataclasses.replace(file, head={"classifier.weight": torch.zeros(2, 3)}))
+        shelf.put("m", odd)
     assert shelf.info("m").version == 1
 
 

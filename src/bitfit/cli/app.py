@@ -44,6 +44,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 _BENCH_COMMANDS: dict[str, Callable[..., None]] = {
     "train": bench.train,
     "lanes": bench.lanes,
+    "serve": bench.serve,
 }
 
 
@@ -68,7 +69,7 @@ def _show_bench(context: typer.Context) -> None:
 
 app.add_typer(
     _bench, name="bench", rich_help_panel="Measuring",
-    help="Measure the speed of this machine's training beside stock parts.",
+    help="Measure this machine's speed beside stock parts.",
 )  # fmt: skip
 
 
