@@ -5,14 +5,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 BENCH ?=
+SERVE ?=
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo serve test check bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt torch
-	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[data,plots,minilm,tensorboard,bench,ray]'
+	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[data,plots,minilm,tensorboard,bench,ray,serve]'
 	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt $(shell $(PYTHON) -c "import tomllib;print(*(f\"'{d}'\" for d in tomllib.load(open('pyproject.toml','rb'))['dependency-groups']['dev']))")
 	touch $@
 
@@ -20,6 +21,10 @@ setup: $(VENV)/.installed  ## create .venv with everything
 
 demo: setup  ## train three tasks on one base and answer with all of them
 	$(BIN)/bitfit demo
+
+serve: setup  ## the demo's three tasks (trained the first time: minutes) over HTTP; SERVE="--port 9000"
+	test -f bitfit-demo/sentiment.bitfit.safetensors || $(BIN)/bitfit demo --keep bitfit-demo
+	$(BIN)/bitfit serve --tasks bitfit-demo $(SERVE)
 
 test: setup  ## the tests, without network, GPU or long runs
 	$(BIN)/python -m pytest

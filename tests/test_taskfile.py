@@ -27,6 +27,7 @@ from bitfit.errors import (
     WrongBase,
 )
 from bitfit.identity import BaseIdentity
+from bitfit.rounding import STORAGE_TYPES
 from bitfit.storage import dump_json, hash_text, pack_safetensors
 from bitfit.taskfile import (
     _FIELDS,
@@ -34,7 +35,6 @@ from bitfit.taskfile import (
     MAX_HEADER,
     MAX_METADATA,
     MAX_OVERHEAD,
-    STORAGE_TYPES,
     TaskFile,
     _file_hash,
     stretches,

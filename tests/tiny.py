@@ -13,6 +13,13 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
+from bitfit.bank import Layout
+from bitfit.encoder import Encoder
+from bitfit.heads import make_head
+from bitfit.taskfile import TaskFile
+from bitfit.tasks import Task
+from bitfit.terms import choose_sites
+
 WORDS = (
     "the a good bad film was is not very i you we it this that bike order where my money back now "
     "please when will arrive broken late nice slow fast red blue car who what yes no on in at to of"
@@ -84,3 +91,22 @@ def make_checkpoint(folder: Path, family: str = "bert", seed: int = 0, **changes
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return str(path)
+
+
+def make_task(
+    encoder: Encoder, name: str = "mood", kind: str = "classification", *, seed: int = 0,
+    labels: tuple[str, ...] = ("bad", "good"), terms: str = "all", pooling: str = "auto",
+    max_length: int = 90, scale: float = 0.3, **changes: Any,
+) -> TaskFile:  # fmt: skip
+    """A task of random numbers on ``encoder``: what training would leave, at once."""
+    labels = () if kind in ("regression", "span") else labels
+    task = Task(name=name, kind=kind, labels=labels, is_pair=kind == "span")
+    head = make_head(task, encoder, pooling)
+    layout = Layout(choose_sites(encoder.sites, terms))
+    generator = torch.Generator().manual_seed(seed)
+    return TaskFile(
+        task=task, bias=torch.randn(layout.n, generator=generator) * scale,
+        layout=layout.to_json(), head=head.split(head.init(seed, std=0.5)),
+        head_style=head.style, pooling=head.pooling, max_length=max_length,
+        base=encoder.base.identity, tokenizer=encoder.base.tokenizer_sha256, terms=terms, **changes,
+    )  # fmt: skip

@@ -7,16 +7,22 @@ says which stretch of a row belongs to which site.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bitfit.errors import TaskFileError, UnknownTask, UsageError
+from bitfit.rounding import STORAGE_TYPES, StorageType, dequantize, quantize
 from bitfit.terms import Site
+
+NEAR_NAMES = 2000
 
 
 @dataclass(frozen=True)
@@ -147,16 +153,35 @@ def _split_layers(layers: str | None) -> list[int | None]:
 
 
 class Bank:
-    """Tasks by name, each a row of ``rows`` ``(capacity, n)``; rows are kept in fp32.
+    """Tasks by name, each a row ``(n,)``, kept in fp32 or less.
 
-    It grows in blocks and not by doubling, so that memory stays near what the rows need.
+    Rows stand in blocks that never move: growing copies nothing, and a row that is read by one
+    thread stays where it is while another thread adds and removes others. Blocks grow by an eighth
+    of what there is, so that memory stays near what the rows need.
+
+    Args:
+        layout: what the rows are made of.
+        device: where they are.
+        storage: how they are kept. ``int8`` has a scale for each site of each row, as in task
+            files. Computed is always in fp32.
     """
 
     BLOCK = 64
+    """The most rows of one block."""
 
-    def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
-        self.layout = layout
-        self.rows = torch.zeros(0, layout.n, device=device)
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device | str = "cpu",
+        storage: StorageType = "fp32",
+    ) -> None:
+        if storage not in STORAGE_TYPES:
+            raise UsageError(f"storage type {storage!r} is not one of {', '.join(STORAGE_TYPES)}")
+        self.layout, self.device, self.storage = layout, torch.device(device), storage
+        self._blocks: list[Tensor] = []
+        self._scales: list[Tensor] = []
+        self._places: list[tuple[int, int]] = []  # index -> block, row in it
+        self._touched: list[NDArray[np.bool_]] = []  # index -> (sites,): is any value not zero
         self._index: dict[str, int] = {}
         self._free: list[int] = []
 
@@ -171,25 +196,69 @@ class Bank:
         """The tasks in the bank, in the order they were added."""
         return list(self._index)
 
+    @property
+    def capacity(self) -> int:
+        """The rows that there is memory for."""
+        return len(self._places)
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row, with its scales."""
+        scales = 4 * len(self.layout.sites) if self.storage == "int8" else 0
+        return self.layout.n * STORAGE_TYPES[self.storage].itemsize + scales
+
     def add(self, name: str, row: Tensor) -> int:
         """Copy ``row`` ``(n,)`` in under ``name`` and return its index.
 
         Raises:
-            UsageError: the name is taken, or the row has another length.
+            UsageError: the name is taken, or the row has another length or does not fit into the
+                storage type.
         """
         if name in self._index:
             raise UsageError(f"the bank already has a task {name!r}; remove it first")
         if row.shape != (self.layout.n,):
             raise UsageError(f"a row of this bank has {self.layout.n} values, not {row.numel()}")
+        row = row.detach().float()
+        values, scale = (
+            quantize(row, self.layout.lengths)
+            if self.storage == "int8"
+            else (row.to(STORAGE_TYPES[self.storage]), None)
+        )
+        if not torch.isfinite(values).all():
+            raise UsageError(
+                f"task {name!r} cannot be kept in {self.storage}: its largest bias is "
+                f"{row.abs().max():.3g}"
+            )
         if not self._free:
-            old = len(self.rows)
-            block = self.rows.new_zeros(self.BLOCK, self.layout.n)
-            self.rows = torch.cat([self.rows, block])
-            self._free = list(range(old + self.BLOCK - 1, old - 1, -1))
+            self._grow()
         index = self._free.pop()
-        self.rows[index].copy_(row)
+        block, place = self._places[index]
+        self._blocks[block][place].copy_(values)
+        if scale is not None:
+            self._scales[block][place].copy_(scale)
+        self._touched[index] = self._sites_of(row)
         self._index[name] = index
         return index
+
+    def _sites_of(self, row: Tensor) -> NDArray[np.bool_]:
+        """Return, for each site, whether ``row`` has a value there that is not zero."""
+        if not self.layout.sites:
+            return np.zeros(0, bool)
+        starts = np.cumsum([0, *self.layout.lengths[:-1]])
+        found: NDArray[np.bool_] = np.logical_or.reduceat(row.cpu().numpy() != 0, starts)
+        return found
+
+    def _grow(self) -> None:
+        size = max(1, min(self.BLOCK, self.capacity // 8))
+        dtype = STORAGE_TYPES[self.storage]
+        block, old = len(self._blocks), self.capacity
+        self._blocks.append(torch.zeros(size, self.layout.n, dtype=dtype, device=self.device))
+        if self.storage == "int8":
+            sites = len(self.layout.sites)
+            self._scales.append(torch.zeros(size, sites, device=self.device))
+        self._places += [(block, place) for place in range(size)]
+        self._touched += [np.zeros(0, bool)] * size
+        self._free = list(range(old + size - 1, old - 1, -1))
 
     def remove(self, name: str) -> None:
         """Forget ``name``; its row is zeroed and free for another.
@@ -199,7 +268,8 @@ class Bank:
         """
         index = self.index(name)
         del self._index[name]
-        self.rows[index].zero_()
+        block, place = self._places[index]
+        self._blocks[block][place].zero_()
         self._free.append(index)
 
     def index(self, name: str) -> int:
@@ -209,8 +279,39 @@ class Bank:
             UnknownTask: there is no such task; the message has the nearest name. Never the base.
         """
         if name not in self._index:
-            near = difflib.get_close_matches(name, self._index, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            known = ", ".join([*self.names[:10], *(["..."] if len(self) > 10 else [])]) or "none"
-            raise UnknownTask(f"unknown task {name!r}.{hint} Loaded ({len(self)}): {known}.")
+            raise unknown_task(name, self._index)
         return self._index[name]
+
+    def gather(self, indices: Sequence[int]) -> Tensor:
+        """Return rows ``(len(indices), n)`` in fp32, as copies."""
+        places = [self._places[index] for index in indices]
+        rows = torch.stack([self._blocks[block][place] for block, place in places])
+        if self.storage != "int8":
+            return rows.float()
+        scales = torch.stack([self._scales[block][place] for block, place in places])
+        return dequantize(rows, scales, self.layout.lengths)
+
+    def biases(self, indices: Sequence[int], base: Tensor) -> dict[str, Tensor]:
+        """Return what these rows make of the biases, ``(len(indices), length)`` by module path.
+
+        Sites that are zero in all of them are left out: there all are the base.
+
+        Args:
+            indices: the rows.
+            base: the base's own biases ``(n,)``.
+        """
+        touched = np.logical_or.reduce([self._touched[index] for index in indices])
+        parts = self.layout.split(self.gather(indices).add_(base))
+        return {
+            path: part for (path, part), is_used in zip(parts.items(), touched, strict=True)
+            if is_used
+        }  # fmt: skip
+
+
+def unknown_task(name: str, known: Collection[str]) -> UnknownTask:
+    """Return the error of a name that nothing is known under, with the nearest that is."""
+    # Among very many names the search for the nearest would take longer than an answer.
+    near = difflib.get_close_matches(name, known, n=1) if len(known) <= NEAR_NAMES else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    shown = ", ".join([*islice(known, 10), *(["..."] if len(known) > 10 else [])]) or "none"
+    return UnknownTask(f"unknown task {name!r:.120}.{hint} Loaded ({len(known)}): {shown}.")

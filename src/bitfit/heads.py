@@ -116,20 +116,27 @@ def make_head(task: Task, encoder: Encoder, pooling: str = "auto") -> Head:
 def head_logits(
     head: Head, weights: Mapping[str, Tensor], x: Tensor, dropout: DropoutBits | None
 ) -> Tensor:
-    """Return logits ``(N, outputs)`` of pooled or token vectors ``x`` ``(N, hidden)``."""
+    """Return logits ``(N, outputs)`` of pooled or token vectors ``x`` ``(N, hidden)``.
+
+    Several heads of one shape at once: ``(U, N, outputs)`` of ``x`` ``(U, N, hidden)``, where the
+    weights have an axis of U before their own.
+    """
 
     def drop(x: Tensor) -> Tensor:
         return x if dropout is None else x * dropout.scale(x, head.dropout_rate)
 
+    def linear(x: Tensor, name: str) -> Tensor:
+        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        if weight.ndim == 2:
+            return F.linear(x, weight, bias)
+        return torch.baddbmm(bias[:, None], x, weight.mT)
+
     if head.kind == "span":  # transformers' question answering has no dropout before its head
-        return F.linear(x, weights["qa_outputs.weight"], weights["qa_outputs.bias"])
+        return linear(x, "qa_outputs")
     if head.style == "roberta":
-        x = F.linear(drop(x), weights["classifier.dense.weight"], weights["classifier.dense.bias"])
-        x = torch.tanh(x)
-        return F.linear(
-            drop(x), weights["classifier.out_proj.weight"], weights["classifier.out_proj.bias"]
-        )
-    return F.linear(drop(x), weights["classifier.weight"], weights["classifier.bias"])
+        x = torch.tanh(linear(drop(x), "classifier.dense"))
+        return linear(drop(x), "classifier.out_proj")
+    return linear(drop(x), "classifier")
 
 
 def word_positions(batch: Batch) -> tuple[Tensor, list[int]]:

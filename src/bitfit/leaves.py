@@ -87,8 +87,14 @@ class ForwardState:
     """The row of each element of a leaf's token axis; None: all use row 0."""
     dropout: StepDropout | None = None
     """None: evaluation."""
+    holds_base: bool = False
+    """Whether the base's biases are in ``shifts`` already: one sum for all modules together."""
     recompute: bool = False
     """Keep only the input of each layer, and compute it again in the backward pass."""
+
+    def summed(self, bias: Tensor, shift: Tensor) -> Tensor:
+        """Return what a module adds: its ``bias`` and the ``shift`` of the rows, in fp32."""
+        return shift if self.holds_base else bias + shift
 
     def snapshot(self) -> Snapshot:
         """Return what a layer that is computed again must find."""
@@ -119,6 +125,18 @@ class Snapshot:
     """Where each run's random bits were."""
 
 
+def _linear_by_row(x: Tensor, weight: Tensor, rows: Tensor, index: RowIndex) -> Tensor:
+    """What :class:`_LinearByRow` computes: the rows are what the product is added to."""
+    y = index.gather(rows, x)
+    return y.addmm_(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+
+
+def _add_by_row(x: Tensor, rows: Tensor, index: RowIndex) -> Tensor:
+    """What :class:`_AddByRow` computes, in place."""
+    x.view(-1, x.shape[-1]).add_(index.gather(rows, x))
+    return x
+
+
 class _LinearByRow(torch.autograd.Function):
     """``x W^T + rows[index]`` of frozen ``W``: nothing of x is kept, the sum goes into the product.
 
@@ -129,8 +147,7 @@ class _LinearByRow(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, index: RowIndex) -> Tensor:
         ctx.index = index
         ctx.save_for_backward(weight)
-        y = index.gather(rows, x)
-        return y.addmm_(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+        return _linear_by_row(x, weight, rows, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -147,8 +164,7 @@ class _AddByRow(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rows: Tensor, index: RowIndex) -> Tensor:
         ctx.index = index
         ctx.mark_dirty(x)
-        x.view(-1, x.shape[-1]).add_(index.gather(rows, x))
-        return x
+        return _add_by_row(x, rows, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,10 +191,12 @@ class BankedLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias.to(x.dtype))
         if index is None:
             # All rows agree: the bias folds into the matrix product.
-            return F.linear(x, self.weight, (self.bias + shift[0]).to(x.dtype))
-        rows = self.bias + shift
+            return F.linear(x, self.weight, self.state.summed(self.bias, shift[0]).to(x.dtype))
+        rows = self.state.summed(self.bias, shift)
         if index.padded:
             return F.linear(x, self.weight) + index.gather(rows, x)
+        if not torch.is_grad_enabled():
+            return _linear_by_row(x, self.weight, rows, index)
         linear: Tensor = _LinearByRow.apply(x, self.weight, rows, index)  # type: ignore[no-untyped-call]
         return linear
 
@@ -198,13 +216,15 @@ class BankedLayerNorm(nn.Module):
         index = self.state.index
         weight = None if self.weight is None else self.weight.to(x.dtype)
         if shift is not None and index is not None:
-            rows = self.bias + shift
+            rows = self.state.summed(self.bias, shift)
             plain = F.layer_norm(x, self.normalized_shape, weight, None, self.eps)
             if index.padded:
                 return plain + index.gather(rows, x)
+            if not torch.is_grad_enabled():
+                return _add_by_row(plain, rows, index)
             summed: Tensor = _AddByRow.apply(plain, rows, index)  # type: ignore[no-untyped-call]
             return summed
-        bias = self.bias if shift is None else self.bias + shift[0]
+        bias = self.bias if shift is None else self.state.summed(self.bias, shift[0])
         bias = None if bias is None else bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 

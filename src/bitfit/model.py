@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from bitfit.bank import Bank, Layout
+from bitfit.bank import Bank
 from bitfit.batches import Feature, make_features
 from bitfit.calibration import probabilities
 from bitfit.encoder import Encoder, open_encoder
-from bitfit.errors import TaskFileError, UsageError
-from bitfit.heads import Head, best_span, make_head, read_predictions
-from bitfit.identity import check_base, check_tokenizer
-from bitfit.inference import Logits, TaskHead, compute_logits
+from bitfit.errors import UsageError
+from bitfit.heads import best_span, read_predictions
+from bitfit.held import FittingTask, HeldTask, HeldTasks
+from bitfit.inference import Logits
 from bitfit.metrics import compute_metrics
+from bitfit.rounding import StorageType
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample, references
 
@@ -69,19 +69,12 @@ class Prediction:
         return found
 
 
-@dataclass(frozen=True)
-class LoadedTask:
-    """A task in a model: its file and its head, ready to run."""
-
-    file: TaskFile
-    head: TaskHead
-
-
 class Model:
     """Tasks on one base. One forward pass takes a batch that mixes them in any way.
 
     Args:
         encoder: the base, from :func:`bitfit.open_encoder`.
+        storage: how biases are kept in memory: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
 
     Example:
         >>> model = bitfit.load(["intent.bitfit.safetensors", "mood.bitfit.safetensors"])
@@ -89,16 +82,31 @@ class Model:
         >>> model.predict(["Where is my order?"], task="intent")  # doctest: +SKIP
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, storage: StorageType = "fp32") -> None:
         self.encoder = encoder
-        # Without a pooler in the base no row has one; frozen tasks have rows of nothing but zeros.
-        self.bank = Bank(Layout(encoder.sites), encoder.device)
-        self._tasks: dict[str, LoadedTask] = {}
+        self._held = HeldTasks(encoder, storage)
+        self._tasks: dict[str, HeldTask] = {}
+
+    @property
+    def bank(self) -> Bank:
+        """The rows, by the names of the tasks."""
+        return self._held.bank
 
     @property
     def tasks(self) -> dict[str, TaskFile]:
-        """The task files by name."""
-        return {name: task.file for name, task in self._tasks.items()}
+        """The task files by name, put together from what is kept of them."""
+        return {name: self.file(name) for name in self._tasks}
+
+    def file(self, name: str | None = None) -> TaskFile:
+        """Return the file of the task called ``name``; None means the only one.
+
+        Its biases are as they are kept: rounded where ``storage`` is not fp32.
+
+        Raises:
+            UnknownTask: there is no such task.
+            UsageError: None, and there are several.
+        """
+        return self._held.restore(self._tasks[self._name(name)])
 
     def add(self, file: TaskFile | str | Path, name: str | None = None) -> str:
         """Add a task under ``name`` (by default its own) and return that name.
@@ -110,17 +118,8 @@ class Model:
             UsageError: the name is taken.
         """
         file = file if isinstance(file, TaskFile) else TaskFile.load(file)
-        base = self.encoder.base
-        check_base(file.base, base.identity, base.tensor_names)
-        check_tokenizer(file.tokenizer, base.tokenizer_sha256)
-        head = make_head(file.task, self.encoder, _asked_pooling(file))
-        layout = Layout.from_json(file.layout, self.encoder.sites)
-        weights = _checked_head(head, file)
         name = name or file.task.name
-        row = layout.expand(file.bias.to(self.encoder.device), self.bank.layout)
-        self.bank.add(name, row)
-        weights = {key: tensor.to(self.encoder.device) for key, tensor in weights.items()}
-        self._tasks[name] = LoadedTask(file, TaskHead(head, weights))
+        self._tasks[name] = self._held.hold(name, self._held.fit(file), file.bias)
         return name
 
     def remove(self, name: str) -> None:
@@ -129,23 +128,17 @@ class Model:
         Raises:
             UnknownTask: there is no such task.
         """
-        self.bank.remove(name)
+        self._held.drop(self._tasks[self._name(name)])
         del self._tasks[name]
 
-    def task(self, name: str | None) -> LoadedTask:
-        """Return the task called ``name``; None means the only one.
+    def task(self, name: str | None = None) -> Task:
+        """Return what the task called ``name`` is; None means the only one.
 
         Raises:
             UnknownTask: there is no such task.
             UsageError: None, and there are several.
         """
-        if name is None:
-            if len(self._tasks) != 1:
-                known = ", ".join(self._tasks) or "none"
-                raise UsageError(f"say which task is meant; this model holds: {known}")
-            return next(iter(self._tasks.values()))
-        self.bank.index(name)
-        return self._tasks[name]
+        return self._tasks[self._name(name)].fitting.task
 
     def predict(
         self,
@@ -172,11 +165,11 @@ class Model:
             raise UsageError("texts is one string; give a list of texts")
         names = self._names(texts, task)
         examples = [
-            _as_example(self._tasks[n].file.task, t) for n, t in zip(names, texts, strict=True)
+            as_example(self._tasks[n].fitting.task, t) for n, t in zip(names, texts, strict=True)
         ]
         features, logits = self.logits(examples, names)
         return [
-            _predict_one(n, self._tasks[n].file, example, feature, values, min_confidence)
+            _predict_one(n, self._tasks[n].fitting, example, feature, values, min_confidence)
             for n, example, feature, values in zip(names, examples, features, logits, strict=True)
         ]
 
@@ -194,11 +187,7 @@ class Model:
             for feature in self._features(name, [examples[i] for i in mine]):
                 owners.append(mine[feature.example])
                 features.append(feature)
-        index = [self.bank.index(names[i]) for i in owners]
-        heads: dict[int, TaskHead] = {self.bank.index(n): self._tasks[n].head for n in set(names)}
-        logits = compute_logits(
-            self.encoder, features, self.bank.rows, self.bank.layout, heads, index
-        )
+        logits = self._held.logits(features, [self._tasks[names[i]] for i in owners])
         best: dict[int, tuple[Feature, Logits]] = {}
         for owner, feature, values in zip(owners, features, logits, strict=True):
             if owner not in best or _window_score(feature, values) > _window_score(*best[owner]):
@@ -211,19 +200,15 @@ class Model:
         Raises:
             UsageError: an example without an answer.
         """
-        file = self.task(task).file
-        name = next(n for n, t in self._tasks.items() if t.file is file)
+        name = self._name(task)
+        held = self._tasks[name]
         answers = references(examples)
         if any(answer is None for answer in answers):
             raise UsageError("this split has no answers to compare with: use predict")
         features = self._features(name, examples)
-        index = [self.bank.index(name)] * len(features)
-        heads = {self.bank.index(name): self._tasks[name].head}
-        logits = compute_logits(
-            self.encoder, features, self.bank.rows, self.bank.layout, heads, index
-        )
-        predictions = read_predictions(file.task, examples, features, logits)
-        return compute_metrics(file.task, predictions, answers)
+        logits = self._held.logits(features, [held] * len(features))
+        predictions = read_predictions(held.fitting.task, examples, features, logits)
+        return compute_metrics(held.fitting.task, predictions, answers)
 
     def check_probes(self, task: str | None = None) -> list[float]:
         """Return, per probe in the task's file, the largest difference to the logits kept there.
@@ -232,12 +217,12 @@ class Model:
         shapes differ. Rounding alone gives about 1e-6 in fp32, 1e-2 in bf16; more means that this
         machine, the base or a library does not do what it did when the file was made.
         """
-        loaded = self.task(task)
-        name = next(n for n, t in self._tasks.items() if t is loaded)
-        examples = probe_examples(loaded.file.task, loaded.file.probes)
+        name = self._name(task)
+        file = self.file(name)
+        examples = probe_examples(file.task, file.probes)
         _, found = self.logits(examples, [name] * len(examples))
         differences = []
-        for values, probe in zip(found, loaded.file.probes, strict=True):
+        for values, probe in zip(found, file.probes, strict=True):
             wanted = np.asarray(probe["logits"], dtype=np.float64)
             difference = math.inf
             if wanted.shape == values.shape:
@@ -247,17 +232,23 @@ class Model:
         return differences
 
     def _features(self, name: str, examples: Sequence[Example]) -> list[Feature]:
-        file = self._tasks[name].file
+        fitting = self._tasks[name].fitting
         tokenizer = self.encoder.base.tokenizer
-        # A file of someone's own loop may ask for more than the base has positions for.
-        max_length = self.encoder.clamp_length(file.max_length)
-        return make_features(tokenizer, file.task, examples, max_length).items
+        return make_features(tokenizer, fitting.task, examples, fitting.max_length).items
+
+    def _name(self, name: str | None) -> str:
+        """Return ``name``, which is a task here; None means the only one."""
+        if name is not None:
+            self.bank.index(name)
+            return name
+        if len(self._tasks) != 1:
+            known = ", ".join(self._tasks) or "none"
+            raise UsageError(f"say which task is meant; this model holds: {known}")
+        return next(iter(self._tasks))
 
     def _names(self, texts: Sequence[Text], task: str | Sequence[str] | None) -> list[str]:
         if task is None or isinstance(task, str):
-            found = self.task(task)
-            name = next(n for n, t in self._tasks.items() if t is found)
-            return [name] * len(texts)
+            return [self._name(task)] * len(texts)
         if len(task) != len(texts):
             raise UsageError(f"{len(texts)} texts, but {len(task)} task names")
         for name in dict.fromkeys(task):
@@ -271,6 +262,7 @@ def load(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    storage: StorageType = "fp32",
 ) -> Model:
     """Return a model with the tasks of one or several files on their common base.
 
@@ -279,6 +271,7 @@ def load(
         base: where the base is; None takes the name that the first file gives.
         dtype: precision of the frozen weights: ``fp32``, ``bf16``, ``auto``.
         device: ``auto``, ``cpu``, ``cuda``.
+        storage: how biases are kept in memory: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
 
     Raises:
         TaskFileError: a file that is damaged, or made for another base or tokenizer.
@@ -292,7 +285,7 @@ def load(
         base = loaded[0].base.name
     if isinstance(base, str):
         base = open_encoder(base, dtype, device, revision=loaded[0].base.revision)
-    model = Model(base)
+    model = Model(base, storage)
     for file in loaded:
         model.add(file)
     return model
@@ -301,27 +294,17 @@ def load(
 def probe_examples(task: Task, probes: Sequence[Mapping[str, Any]]) -> list[Example]:
     """Return the inputs of ``probes`` (``{"text", "text_pair"}``) as examples of ``task``."""
     return [
-        _as_example(task, p["text"] if p["text_pair"] is None else (p["text"], p["text_pair"]))
+        as_example(task, p["text"] if p["text_pair"] is None else (p["text"], p["text_pair"]))
         for p in probes
     ]
 
 
-def _asked_pooling(file: TaskFile) -> str:
-    return "auto" if file.pooling == "none" else file.pooling
+def as_example(task: Task, text: Text) -> Example:
+    """Return ``text`` as an example of the task's kind.
 
-
-def _checked_head(head: Head, file: TaskFile) -> dict[str, torch.Tensor]:
-    found = {key: tuple(tensor.shape) for key, tensor in file.head.items()}
-    if found != head.shapes:
-        raise TaskFileError(
-            f"task {file.task.name!r}: the head in the file is {found}, on this base it must be "
-            f"{head.shapes}"
-        )
-    return dict(file.head)
-
-
-def _as_example(task: Task, text: Text) -> Example:
-    """Return ``text`` as an example of the task's kind."""
+    Raises:
+        UsageError: it is one text where the task takes a pair, or the other way round.
+    """
     if isinstance(text, TextExample) and task.kind in ("tokens", "span"):
         pair = text.text_pair
         text = text.text if pair is None else (text.text, pair)
@@ -345,13 +328,13 @@ def _window_score(feature: Feature, logits: Logits) -> float:
 
 def _predict_one(
     name: str,
-    file: TaskFile,
+    fitting: FittingTask,
     example: Example,
     feature: Feature,
     logits: Logits,
     min_confidence: float,
 ) -> Prediction:
-    task, temperature = file.task, file.temperature or 1.0
+    task, temperature = fitting.task, fitting.temperature or 1.0
     if task.kind == "classification":
         chances = probabilities(logits, temperature)
         best = int(chances.argmax())

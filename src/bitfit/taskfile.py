@@ -7,15 +7,17 @@ byte. A file is checked from the outside in: size, header, JSON, format number, 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import re
 import stat
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from torch import Tensor
 from bitfit.bank import parse_layout
 from bitfit.errors import CorruptTaskFile, TaskFileError, UnsupportedFormat, UsageError
 from bitfit.identity import BaseIdentity, is_sha256
+from bitfit.rounding import STORAGE_TYPES, StorageType, dequantize, quantize
 from bitfit.storage import (
     atomic_write,
     dump_json,
@@ -45,13 +48,6 @@ MAX_OVERHEAD = 16 << 10
 """Bytes of a file beside its tensors, label names, licence and description."""
 _PROSE = ("labels", "licence", "description")
 
-StorageType = Literal["fp32", "fp16", "bf16", "int8"]
-STORAGE_TYPES: dict[StorageType, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int8": torch.int8,
-}
 Method = Literal["bitfit", "frozen"]
 
 
@@ -108,6 +104,20 @@ class TaskFile:
     dtype: StorageType = "fp32"
     """How the biases are (or were) stored; in memory they are fp32."""
     package_version: str = field(default_factory=_package_version)
+    # Of the file it was read from; no field: a changed copy has none until it is asked for.
+    _seal: ClassVar[str | None] = None
+
+    @property
+    def seal(self) -> str:
+        """The SHA-256 in the file, over all that it holds, as 64 hex digits.
+
+        Of a task that was not read from a file: what saving it (as ``dtype``) would write.
+        """
+        if self._seal is None:
+            written = TaskFile.from_bytes(self.to_bytes(self.dtype)).seal
+            object.__setattr__(self, "_seal", written)
+        assert self._seal is not None
+        return self._seal
 
     @property
     def n(self) -> int:
@@ -201,12 +211,42 @@ class TaskFile:
         tensors = read_tensors(data, source=source)
         _check_hash(document, header.text, tensors, source)
         try:
-            return _decode(document, tensors)
+            return _with_seal(_decode(document, tensors), document["sha256"])
         except TaskFileError as error:
             raise CorruptTaskFile(
                 f"{source}: {error}. The file is whole but was not written by bitfit as it should "
                 "be; ask its author for a good one"
             ) from error
+
+
+def strip(file: TaskFile) -> bytes:
+    """Return all of a task but its numbers and its base's digests, compressed."""
+    base = {"name": file.base.name, "revision": file.base.revision}
+    document = _document(file) | {"base": base, "sha256": file.seal}
+    return zlib.compress(dump_json(document).encode(), level=1)
+
+
+def restore(
+    stripped: bytes, bias: Tensor, head: Mapping[str, Tensor], base: BaseIdentity
+) -> TaskFile:
+    """Return the task that :func:`strip` was given.
+
+    Args:
+        stripped: what it returned.
+        bias: ``(n,)`` in fp32, in the order of the task's layout.
+        head: the head's tensors.
+        base: who the base is; what the task's author called it is restored.
+    """
+    document = json.loads(zlib.decompress(stripped))
+    document["base"] = base.to_json() | document["base"]
+    dtype, document["dtype"] = document["dtype"], "fp32"
+    tensors = {f"head.{name}": tensor for name, tensor in head.items()} | {"bias": bias}
+    return _with_seal(replace(_decode(document, tensors), dtype=dtype), document["sha256"])
+
+
+def _with_seal(file: TaskFile, seal: str) -> TaskFile:
+    object.__setattr__(file, "_seal", seal)  # frozen for everyone else
+    return file
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -523,22 +563,6 @@ def stretches(layout: object) -> list[tuple[str, int | None, int, int]]:
             found.append((term, layer, start, length))
             start += length
     return found
-
-
-def quantize(bias: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return int8 values ``(n,)`` and the fp32 scale of each site: its largest value is 127."""
-    parts = torch.split(bias, list(lengths)) if lengths else ()
-    peaks = [part.abs().max() / 127 for part in parts]
-    scale = torch.stack(peaks) if peaks else bias.new_zeros(0)
-    # A site whose scale underflows to zero is stored as zeros.
-    safe = torch.where(scale > 0, scale, torch.inf)
-    values = bias / safe.repeat_interleave(torch.tensor(lengths, dtype=torch.long))
-    return values.round().clamp(-127, 127).to(torch.int8), scale
-
-
-def dequantize(values: Tensor, scale: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the fp32 values ``(n,)`` that :func:`quantize` stored."""
-    return values.float() * scale.repeat_interleave(torch.tensor(lengths, dtype=torch.long))
 
 
 # --- writing ------------------------------------------------------------------------------------

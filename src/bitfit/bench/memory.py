@@ -111,6 +111,11 @@ def read_peak(device: torch.device) -> int:
     return _status("VmHWM")
 
 
+def resident_bytes() -> int | None:
+    """Return what this process holds in memory now; None: not known here (Linux only)."""
+    return _status("VmRSS") if STATUS.exists() else None
+
+
 def _status(key: str) -> int:
     for line in STATUS.read_text(encoding="ascii").splitlines():
         name, _, value = line.partition(":")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import bitfit
-from bitfit.cli import bench, console, experiments, look, train, use
+from bitfit.cli import bench, console, experiments, look, serve, train, use
 from bitfit.errors import BitfitError
 
 INTERRUPTED = 130
@@ -31,6 +31,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "eval": use.evaluate,
     "predict": use.predict,
+    "serve": serve.serve,
     "inspect": look.inspect,
     "diff": look.diff,
     "doctor": look.doctor,
@@ -43,6 +44,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 _BENCH_COMMANDS: dict[str, Callable[..., None]] = {
     "train": bench.train,
     "lanes": bench.lanes,
+    "serve": bench.serve,
 }
 
 
@@ -67,7 +69,7 @@ def _show_bench(context: typer.Context) -> None:
 
 app.add_typer(
     _bench, name="bench", rich_help_panel="Measuring",
-    help="Measure the speed of this machine's training beside stock parts.",
+    help="Measure this machine's speed beside stock parts.",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.progress import Progress
@@ -15,6 +15,7 @@ from bitfit.errors import UsageError
 
 if TYPE_CHECKING:
     from bitfit.bench.plan import Plan
+    from bitfit.rounding import StorageType
 
     RunTables = Callable[[Plan, Callable[[str], None]], Iterator[dict[str, Any]]]
 
@@ -140,6 +141,62 @@ def lanes(
     steps = sum(t.steps * t.work.lanes for t in plan.tables) * len(plan.variants)
     each = console.count(steps, "step")
     _run(plan, run_tables, _show_lanes, command, (what, each), as_json=as_json, quiet=quiet)
+
+
+def serve(
+    data: Data = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=options.DATA,
+            help="Whose texts are asked (default: sst2; without --data the example's intent).",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=options.TRAINING,
+            help="Numbers of tasks that batches are drawn from, between commas.",
+        ),
+    ] = "1,10,100,1000",
+    items: Annotated[
+        int, typer.Option(min=1, rich_help_panel=options.TRAINING, help="Texts in a batch.")
+    ] = 32,
+    rounds: Rounds = 15,
+    storage: options.Storage = "fp32",
+    base: options.Base = "minilm",
+    dtype: options.Dtype = "fp32",
+    device: options.Device = "auto",
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:  # fmt: skip
+    """Time answers of many tasks at once, in this process, beside other ways to serve them.
+
+    All answer the same batches in turns; each text of a batch names another task. The tasks are
+    made up: the base's biases with small noise, and random heads, which changes no speed. Shown are
+    items per second, the ratio to one task folded into a plain packed model (the median of the
+    rounds' ratios), the time of a batch, memory per task, and the time to add one. Means something
+    on a quiet machine only.
+    """
+    given = {key: value for key, value in locals().items() if key != "command"}
+    command = _command("serve", given | {"memory": True})
+    counts = _numbers("--tasks", tasks)
+    from bitfit.bench.serve import make_plan, run_plan
+
+    _set_threads(threads)
+    plan = make_plan(
+        base=base, data=data, task=task, counts=counts, items=items, rounds=rounds,
+        storage=cast("StorageType", storage), dtype=dtype, device=device,
+    )  # fmt: skip
+    with console.bar(quiet) as bar:
+        progress = _Progress(bar, (rounds + 1) * (len(counts) + 7) + 1, quiet)
+        report = run_plan(plan, command, progress)
+    if as_json:
+        console.print_json(report)
+    else:
+        _show_serve(report)
 
 
 def _run(
@@ -308,3 +365,35 @@ def _sizes(row: Mapping[str, Any]) -> Iterator[str]:
 
 def _size(count: int | None) -> str:
     return "–" if count is None else console.size(count)
+
+
+def _show_serve(report: Mapping[str, Any]) -> None:
+    _show_machine(report)
+    console.say("")
+    console.print_table(
+        ("answered by", ">tasks", ">items/s", ">ratio", ">p50 ms", ">p99 ms"),
+        [_serve_cells(row) for row in report["rows"]],
+        title=f"batches of {report['items']} texts of {report['texts']}, "
+              f"{report['tokens_per_batch']:.0f} tokens; ratio to one task folded in",
+    )  # fmt: skip
+    memory, adding = report["memory"], report["adding"]
+    shown = {
+        "rows and heads": f"{_size(memory['row_and_head_bytes'])} of {memory['tasks']:,} tasks",
+        "in memory": None,
+        "separate models": f"{_size(memory['separate_models_bytes'])} for as many (calculated)",
+        "a task": f"read in {adding['read_ms']:.1f} ms, ready {adding['ready_ms']:.1f} ms later, "
+                  f"first answer {adding['first_answer_ms']:.1f} ms after that",
+    }  # fmt: skip
+    if memory["resident_bytes"] is not None:
+        shown["in memory"] = f"{_size(memory['resident_bytes'])}, {memory['ratio']:.2f} times that"
+    console.print_facts("", shown)
+
+
+def _serve_cells(row: Mapping[str, Any]) -> Sequence[str]:
+    if row["note"] is not None:
+        return (row["title"], f"{row['tasks']:,}", row["note"], "", "", "")
+    return (
+        row["title"], f"{row['tasks']:,}", f"{row['items_per_second']:,.1f}",
+        console.number(row["ratio_to_folded"], 2), f"{row['p50_ms']:,.0f}",
+        f"{row['p99_ms']:,.0f}",
+    )  # fmt: skip

@@ -30,8 +30,9 @@ from bitfit.heads import word_labels
 from bitfit.inference import Logits, TaskHead, compute_logits
 from bitfit.metrics import indicator, majority_score
 from bitfit.model import probe_examples
+from bitfit.rounding import StorageType
 from bitfit.storage import atomic_write, pack_safetensors
-from bitfit.taskfile import StorageType, TaskFile
+from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task, references
 from bitfit.training.adapters import AdapterMethod
 from bitfit.training.lane import Lane, Split

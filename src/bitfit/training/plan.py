@@ -11,7 +11,7 @@ from typing import Any, get_args
 from bitfit.data import DataConfig
 from bitfit.encoder import DTYPES, Encoder
 from bitfit.errors import UsageError
-from bitfit.taskfile import StorageType
+from bitfit.rounding import StorageType
 from bitfit.training.adapters import check_installed
 from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
 

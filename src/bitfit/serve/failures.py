@@ -1,0 +1,73 @@
+"""What goes wrong on the way of a request, in one shape: a status, a code, a message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitfit.errors import (
+    BitfitError,
+    TaskFileError,
+    UnknownTask,
+    UnsupportedFormat,
+    UsageError,
+    WrongBase,
+    WrongTokenizer,
+)
+
+CODES = {
+    400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found",
+    405: "method_not_allowed", 408: "too_slow", 409: "conflict", 413: "too_large",
+    415: "wrong_type", 422: "bad_input", 429: "queue_full", 500: "internal",
+    503: "unavailable", 504: "deadline",
+}  # fmt: skip
+# The first that an error is an instance of: status and code.
+_OF_ERRORS: tuple[tuple[type[BitfitError], int, str], ...] = (
+    (UnknownTask, 404, "unknown_task"),
+    (WrongBase, 409, "wrong_base"),
+    (WrongTokenizer, 409, "wrong_tokenizer"),
+    (UnsupportedFormat, 422, "unsupported_format"),
+    (TaskFileError, 422, "bad_file"),
+    (UsageError, 422, "bad_input"),
+    (BitfitError, 500, "failed"),
+)
+
+
+class RequestFailed(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: of HTTP.
+        message: for a person; says what was expected.
+        code: for a program; by default that of the status.
+        details: more for a program, ready for JSON.
+        headers: more headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        details: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.code = code or CODES.get(status, "error")
+        self.details = details
+        self.headers = dict(headers or {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return ``{"error": {"code", "message", "details"?}}``."""
+        error: dict[str, Any] = {"code": self.code, "message": self.message}
+        if self.details:
+            error["details"] = dict(self.details)
+        return {"error": error}
+
+
+def from_error(error: BitfitError) -> RequestFailed:
+    """Return what a request is answered with where ``error`` stopped it."""
+    status, code = next((s, c) for kind, s, c in _OF_ERRORS if isinstance(error, kind))
+    return RequestFailed(status, str(error), code=code)

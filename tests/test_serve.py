@@ -1,0 +1,858 @@
+"""The HTTP API over a shelf and an engine without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import re
+
+import pytest
+from serving import KEYS, MANAGE, PREDICT, ask, error_of, in_site, open_site, task_file
+from test_taskfile import GOOD, forge
+
+import bitfit
+from bitfit.errors import UsageError
+from bitfit.identity import BaseIdentity
+from bitfit.serve import logs
+from bitfit.serve.assets import read_assets
+from bitfit.serve.auth import Keys, check_bind
+from bitfit.serve.metrics import OTHER, Metrics
+from bitfit.serve.settings import ServeConfig
+from bitfit.serve.uploads import Uploads
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def test_one_call_mixes_tasks_and_keeps_the_order():
+    async def check(site, client):
+        body = {
+            "items": [
+                {"task": "topic", "text": "a b c", "id": "x"},
+                {"task": "mood", "text": "d"},
+                {"task": "topic", "text": "e f"},
+            ]
+        }
+        found = (await client.post("/v1/predict", json=body)).json()
+        assert [a["result"]["label"] for a in found["answers"]] == ["a b c", "d", "e f"]
+        assert [a["task"] for a in found["answers"]] == ["topic", "mood", "topic"]
+        first = found["answers"][0]
+        assert first.keys() == {
+            "id", "task", "version", "fingerprint", "kind", "tokens", "truncated", "result",
+        }  # fmt: skip
+        assert (first["id"], first["version"], first["tokens"]) == ("x", 1, 5)
+        assert found["ms"] > 0
+        assert len(site.engine.batches) == 1
+
+    in_site(check)
+
+
+def test_an_unknown_task_is_an_error_of_its_item_and_the_rest_is_answered():
+    async def check(site, client):
+        response = await client.post("/v1/predict", json=ask(("moood", "a"), ("mood", "b")))
+        assert response.status_code == 200
+        failed, answered = response.json()["answers"]
+        assert failed["error"]["code"] == "unknown_task"
+        assert "Did you mean 'mood'?" in failed["error"]["message"]
+        assert "result" not in failed
+        assert answered["result"]["label"] == "b"
+
+    in_site(check)
+
+
+def test_an_unknown_task_alone_is_404():
+    async def check(site, client):
+        response = await client.post("/v1/predict", json=ask(("nothing", "a")))
+        assert response.status_code == 404
+        assert error_of(response)["code"] == "unknown_task"
+        assert not site.engine.batches
+
+    in_site(check)
+
+
+def test_texts_that_do_not_fit_are_errors_of_their_items():
+    async def check(site, client):
+        body = ask(("mood", "one two"), ("mood", "x" * 50), ("mood", "a " * 15))
+        body["items"][0]["text_pair"] = "but mood takes one"
+        answers = (await client.post("/v1/predict", json=body)).json()["answers"]
+        assert [a["error"]["code"] for a in answers] == ["bad_input", "too_long", "too_long"]
+
+    in_site(check, max_text_chars=40, max_item_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 400, "bad_json"),
+        (b"{", 400, "bad_json"),
+        (b'{"items": [{"task": "a", "text": "\\ud800"}]}', 400, "bad_json"),
+        (b"[" * 100_000, 400, "bad_json"),
+        (b"[]", 422, "bad_input"),
+        (b"{}", 422, "bad_input"),
+        (b'{"items": []}', 422, "bad_input"),
+        (b'{"items": [{"task": "mood"}]}', 422, "bad_input"),
+        (b'{"items": [{"task": "mood", "text": 3}]}', 422, "bad_input"),
+        (b'{"items": [{"task": "mood", "text": "a", "top_k": 0}]}', 422, "bad_input"),
+        (b'{"items": [{"task": "mood", "text": "a", "min_confidence": 2}]}', 422, "bad_input"),
+        (b'{"items": [{"task": "mood", "text": "a", "txet": "b"}]}', 422, "bad_input"),
+        (b'{"items": [{"task": "mood", "text": "a"}], "deadline_ms": 0}', 422, "bad_input"),
+        (b'{"items": [{"task": "mood", "text": "a"}], "deadline_ms": 1e999}', 422, "bad_input"),
+    ],
+)
+def test_what_is_no_request_is_refused_by_field(body, status, code):
+    async def check(site, client):
+        response = await client.post("/v1/predict", content=body)
+        assert response.status_code == status
+        error = error_of(response)
+        assert error["code"] == code
+        if status == 422:
+            assert error["details"]["fields"]
+
+    in_site(check)
+
+
+def test_limits_hold_before_anything_is_computed():
+    async def check(site, client):
+        response = await client.post("/v1/predict", json=ask(*[("mood", "a")] * 5))
+        assert (response.status_code, error_of(response)["code"]) == (413, "too_many_items")
+        response = await client.post("/v1/predict", content=b" " * 2000)
+        assert (response.status_code, error_of(response)["code"]) == (413, "too_large")
+
+        async def chunks():  # no Content-Length
+            for _ in range(100):
+                read.append(1)
+                yield b" " * 100
+
+        read = []
+        response = await client.post("/v1/predict", content=chunks())
+        assert response.status_code == 413
+        assert len(read) < 15
+        assert not site.engine.batches
+
+    in_site(check, max_items=4, max_body_bytes=1000)
+
+
+def test_a_length_that_is_too_large_is_refused_before_a_byte_is_read():
+    async def check(site, client):
+        sent = []
+
+        async def receive():
+            pytest.fail("the body was read")
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "PUT", "path": "/v1/tasks/x", "raw_path": b"/v1/tasks/x",
+            "query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": "",
+            "headers": [(b"host", b"localhost"), (b"content-length", b"67108865")],
+        }  # fmt: skip
+        await site.app(scope, receive, send)
+        assert sent[0]["status"] == 413
+
+    in_site(check)
+
+
+def test_bodies_that_come_too_slowly_or_too_many_at_once_are_refused():
+    async def check(site, client):
+        never = asyncio.Event()
+
+        async def slow():
+            yield b"{"
+            await never.wait()
+
+        first = asyncio.create_task(client.post("/v1/predict", content=slow()))
+        await asyncio.sleep(0.05)
+        # All of what may be held together is taken by a length that was only announced.
+        big = {"Content-Length": "600"}
+        held = asyncio.create_task(client.post("/v1/predict", content=slow(), headers=big))
+        await asyncio.sleep(0.05)
+        response = await client.post("/v1/predict", content=b" " * 500)
+        assert (response.status_code, error_of(response)["code"]) == (503, "busy")
+        assert response.headers["retry-after"] == "1"
+        for task in (first, held):
+            response = await task
+            assert (response.status_code, error_of(response)["code"]) == (408, "too_slow")
+        response = await client.post("/v1/predict", json=ask(("mood", "a")))
+        assert response.status_code == 200
+
+    in_site(
+        check, max_body_bytes=1000, max_held_bytes=1000, max_upload_bytes=1000, body_seconds=0.3
+    )
+
+
+# --- queue, deadlines, clients that leave ---------------------------------------------------------
+
+
+def test_a_full_queue_answers_429_with_a_time_to_come_back():
+    async def check(site, client):
+        site.engine.gate.clear()
+        waiting = [
+            asyncio.create_task(client.post("/v1/predict", json=ask(("mood", "a"))))
+            for _ in range(4)
+        ]
+        await asyncio.sleep(0.1)
+        response = await client.post("/v1/predict", json=ask(("mood", "b")))
+        assert response.status_code == 429
+        assert error_of(response)["code"] == "queue_full"
+        assert int(response.headers["retry-after"]) >= 1
+        site.engine.gate.set()
+        assert [r.status_code for r in await asyncio.gather(*waiting)] == [200] * 4
+
+    in_site(check, max_queue_items=4, max_items=2)
+
+
+def test_a_deadline_that_passes_is_504_and_what_waits_is_not_computed():
+    async def check(site, client):
+        site.engine.gate.clear()
+        first = asyncio.create_task(client.post("/v1/predict", json=ask(("mood", "first"))))
+        await asyncio.sleep(0.05)
+        response = await client.post("/v1/predict", json=ask(("mood", "late"), deadline_ms=50))
+        assert response.status_code == 504
+        assert error_of(response)["code"] == "deadline"
+        site.engine.gate.set()
+        await first
+        assert site.engine.batches == [["first"]]
+        assert site.service.queue.items == 0
+
+    in_site(check)
+
+
+def test_a_client_that_goes_away_is_not_computed_for():
+    async def check(site, client):
+        site.engine.gate.clear()
+        first = asyncio.create_task(client.post("/v1/predict", json=ask(("mood", "first"))))
+        await asyncio.sleep(0.05)
+        body = json.dumps(ask(("mood", "gone"))).encode()
+        events = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+        sent = []
+
+        async def receive():
+            await asyncio.sleep(0.02)
+            return events.pop(0)
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/predict", "raw_path": b"/v1/predict",
+            "query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": "",
+            "headers": [(b"host", b"localhost")],
+        }  # fmt: skip
+        await site.app(scope, receive, send)
+        assert sent[0]["status"] == 499
+        site.engine.gate.set()
+        assert (await first).status_code == 200
+        assert site.engine.batches == [["first"]]
+
+    in_site(check)
+
+
+def test_a_broken_engine_is_500_in_the_same_shape_and_tells_nothing():
+    async def check(site, client):
+        site.engine.fail = True
+        response = await client.post("/v1/predict", json=ask(("mood", "a")))
+        assert response.status_code == 500
+        error = error_of(response)
+        assert error["code"] == "internal"
+        assert "broke" not in error["message"]
+        assert error["details"]["id"] == response.headers["x-request-id"]
+        site.engine.fail = False
+        assert (await client.post("/v1/predict", json=ask(("mood", "a")))).status_code == 200
+
+    in_site(check)
+
+
+def test_a_server_that_stops_answers_what_it_has_accepted():
+    async def main():
+        async with open_site() as site, site.client() as client:
+            site.engine.gate.clear()
+            accepted = [
+                asyncio.create_task(client.post("/v1/predict", json=ask(("mood", str(i)))))
+                for i in range(8)
+            ]
+            await asyncio.sleep(0.1)
+            stopping = asyncio.create_task(site.service.stop())
+            await asyncio.sleep(0.05)
+            assert (await client.get("/readyz")).status_code == 503
+            assert (await client.get("/healthz")).status_code == 200
+            response = await client.post("/v1/predict", json=ask(("mood", "new")))
+            assert (response.status_code, error_of(response)["code"]) == (503, "closing")
+            assert "retry-after" in response.headers
+            site.engine.gate.set()
+            await stopping
+            found = [
+                r.json()["answers"][0]["result"]["label"] for r in await asyncio.gather(*accepted)
+            ]
+            assert found == [str(i) for i in range(8)]
+
+    asyncio.run(main())
+
+
+def test_twice_the_load_is_refused_in_part_and_the_rest_is_answered_in_time():
+    async def check(site, client):
+        loop = asyncio.get_running_loop()
+        times, refused, most = [], 0, 0
+
+        async def one(i):
+            nonlocal refused, most
+            await asyncio.sleep(i * 0.01)  # 100 a second; the engine does 50
+            began = loop.time()
+            response = await client.post("/v1/predict", json=ask(("mood", "a b")))
+            most = max(most, site.service.queue.items)
+            if response.status_code == 200:
+                times.append(loop.time() - began)
+            else:
+                assert response.status_code == 429
+                refused += 1
+
+        await asyncio.gather(*map(one, range(200)))
+        # Exact bounds are those of the queue's own tests, whose clock no other program slows.
+        assert refused > 30
+        assert len(times) > 20
+        assert max(times) < 4
+        assert most <= 60
+
+    in_site(check, seconds=0.005, max_tokens=16, max_delay_ms=200, max_queue_items=60, max_items=8)
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def test_tasks_are_listed_by_name_searched_and_paged():
+    async def check(site, client):
+        found = (await client.get("/v1/tasks", params={"limit": 2, "offset": 1})).json()
+        assert [t["name"] for t in found["tasks"]] == ["b", "c-x"]
+        assert found["total"] == 5
+        found = (await client.get("/v1/tasks", params={"query": "C-x CLASSIF"})).json()
+        assert [t["name"] for t in found["tasks"]] == ["c-x"]
+        first = found["tasks"][0]
+        assert (first["score"], first["version"], first["labels"]) == (0.872, 1, ["bad", "good"])
+
+    in_site(check, tasks=("e", "d", "c-x", "b", "a"))
+
+
+def test_a_task_shows_what_its_file_says():
+    async def check(site, client):
+        found = (await client.get("/v1/tasks/mood")).json()
+        assert found["scores"] == {"accuracy": 0.872, "f1_macro": None}
+        assert found["recipe"]["epochs"] == 3
+        assert found["change"][0].keys() == {"term", "symbol", "layer", "mean_abs"}
+        assert found["change"][0]["symbol"] == "b_q"
+        response = await client.get("/v1/tasks/nothing")
+        assert (response.status_code, error_of(response)["code"]) == (404, "unknown_task")
+        rows = (await client.get("/v1/compare", params={"a": "mood", "b": "topic"})).json()["rows"]
+        assert rows[0]["cosine"] == pytest.approx(1)
+        assert (await client.get("/v1/compare", params={"a": "mood"})).status_code == 422
+
+    in_site(check)
+
+
+def test_a_task_is_uploaded_replaced_rolled_back_downloaded_and_removed():
+    async def check(site, client):
+        first, second = task_file().to_bytes(), task_file(licence="other").to_bytes()
+        response = await client.put("/v1/tasks/new.task", content=first)
+        assert response.status_code == 201
+        assert response.json()["version"] == 1
+        response = await client.put("/v1/tasks/new.task?pinned=true", content=second)
+        assert response.status_code == 200
+        assert (response.json()["version"], response.json()["pinned"]) == (2, True)
+        assert (await client.get("/v1/tasks/new.task/file")).content == second
+        response = await client.post("/v1/tasks/new.task/rollback")
+        assert response.json()["version"] == 3
+        assert (await client.get("/v1/tasks/new.task/file")).content == first
+        response = await client.post("/v1/predict", json=ask(("new.task", "a")))
+        assert response.json()["answers"][0]["version"] == 3
+        assert (await client.delete("/v1/tasks/new.task")).status_code == 204
+        assert (await client.delete("/v1/tasks/new.task")).status_code == 404
+        response = await client.post("/v1/tasks/mood/rollback")
+        assert (response.status_code, error_of(response)["code"]) == (409, "no_version_before")
+
+    in_site(check)
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".hidden", "-x", "a/b", "a%2Fb", "%2e%2e%2fetc", "a b", "ä", "a" * 101, "a%00"]
+)
+def test_a_name_that_is_none_is_refused(name, tmp_path):
+    async def check(site, client):
+        response = await client.put(f"/v1/tasks/{name}", content=GOOD)
+        assert response.status_code in (404, 405, 422)
+        error_of(response)
+        assert {info.name for info in site.shelf.infos()} == {"mood", "topic"}
+        assert [p.name for p in tmp_path.iterdir()] == []
+
+    in_site(check, uploads=Uploads(tmp_path), tasks=("mood", "topic"))
+
+
+HOSTILE = {
+    "empty": (b"", "bad_file"),
+    "cut short": (GOOD[:-1], "bad_file"),
+    "too long": (GOOD + b"\0", "bad_file"),
+    "a bit flipped": (GOOD[:-5] + bytes([GOOD[-5] ^ 1]) + GOOD[-4:], "bad_file"),
+    "a huge header": (b"\xff" * 8 + GOOD[8:], "bad_file"),
+    "a pickle": (b"\x80\x04cos\nsystem\n.", "bad_file"),
+    "a zip": (b"PK\x03\x04" + bytes(100), "bad_file"),
+    "a web page": (b"<html>", "bad_file"),
+    "a field too many": (forge({"extra": 1}), "bad_file"),
+    "no layout": (forge({"layout": [["query", "0-999," * 4000, 8]]}), "bad_file"),
+    "a number too large": (forge({"temperature": 10**400}), "bad_file"),
+    "a newer format": (forge({"format": 2}), "unsupported_format"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_uploads_are_refused_by_name_and_leave_nothing(what, tmp_path):
+    data, code = HOSTILE[what]
+
+    async def check(site, client):
+        response = await client.put("/v1/tasks/evil", content=data)
+        assert response.status_code == 422
+        assert error_of(response)["code"] == code
+        assert {info.name for info in site.shelf.infos()} == {"mood", "topic"}
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+    in_site(check, uploads=Uploads(tmp_path))
+
+
+def test_any_flipped_bit_of_an_upload_is_refused():
+    async def check(site, client):
+        for bit in range(0, len(GOOD) * 8, len(GOOD) * 8 // 40):
+            data = bytearray(GOOD)
+            data[bit // 8] ^= 1 << bit % 8
+            response = await client.put("/v1/tasks/evil", content=bytes(data))
+            assert response.status_code == 422
+
+    in_site(check)
+
+
+def test_a_file_of_another_base_is_409_and_is_not_kept(tmp_path):
+    other = task_file(base=BaseIdentity("other", None, "a" * 64, "d" * 64, "0123abcd"))
+
+    async def check(site, client):
+        response = await client.put("/v1/tasks/new", content=other.to_bytes())
+        assert (response.status_code, error_of(response)["code"]) == (409, "wrong_base")
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+    in_site(check, uploads=Uploads(tmp_path))
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def restarted(folder, check, **options):
+    """Run ``check`` on a server whose tasks are all from ``folder``."""
+    return in_site(check, tasks=(), uploads=Uploads(folder), folder=str(folder), **options)
+
+
+def test_uploads_outlast_a_restart_with_their_versions(tmp_path):
+    first, second = task_file().to_bytes(), task_file(licence="other").to_bytes()
+
+    async def fill(site, client):
+        for data in (first, second):
+            await client.put("/v1/tasks/kept", content=data)
+        await client.put("/v1/tasks/gone", content=first)
+        await client.delete("/v1/tasks/gone")
+
+    async def look(site, client):
+        tasks = (await client.get("/v1/tasks")).json()["tasks"]
+        assert [(t["name"], t["version"]) for t in tasks] == [("kept", 2)]
+        assert (await client.get("/v1/tasks/kept/file")).content == second
+        assert (await client.post("/v1/tasks/kept/rollback")).status_code == 200
+        assert (await client.get("/v1/tasks/kept/file")).content == first
+
+    async def look_again(site, client):
+        assert (await client.get("/v1/tasks/kept/file")).content == first
+
+    restarted(tmp_path, fill)
+    restarted(tmp_path, look)
+    restarted(tmp_path, look_again)
+    names = {p.name for p in (tmp_path / ".uploads").glob("*.safetensors")}
+    assert all(re.fullmatch(r"[0-9a-f]{64}\.bitfit\.safetensors", name) for name in names)
+    assert len(names) == 2
+
+
+def test_an_upload_stands_until_the_folder_has_something_newer(tmp_path):
+    task_file().save(tmp_path / "mood.bitfit.safetensors")
+    upload = task_file(licence="upload").to_bytes()
+
+    async def replace_it(site, client):
+        await client.put("/v1/tasks/mood", content=upload)
+
+    def expect(data):
+        async def check(site, client):
+            assert (await client.get("/v1/tasks/mood/file")).content == data
+
+        return check
+
+    restarted(tmp_path, replace_it)
+    restarted(tmp_path, expect(upload))
+    task_file(licence="newer").save(tmp_path / "mood.bitfit.safetensors")
+    restarted(tmp_path, expect(task_file(licence="newer").to_bytes()))
+
+
+def test_a_removed_task_stays_removed_until_its_file_changes(tmp_path):
+    task_file().save(tmp_path / "mood.bitfit.safetensors")
+
+    async def remove(site, client):
+        assert (await client.delete("/v1/tasks/mood")).status_code == 204
+
+    async def is_gone(site, client):
+        assert (await client.get("/v1/tasks/mood")).status_code == 404
+
+    async def is_back(site, client):
+        assert (await client.get("/v1/tasks/mood")).status_code == 200
+
+    restarted(tmp_path, remove)
+    restarted(tmp_path, is_gone)
+    task_file(licence="newer").save(tmp_path / "mood.bitfit.safetensors")
+    restarted(tmp_path, is_back)
+
+
+def test_servers_that_share_a_folder_take_over_what_the_others_were_sent(tmp_path):
+    first, second = task_file().to_bytes(), task_file(licence="other").to_bytes()
+
+    async def eventually(client, wanted):
+        async with asyncio.timeout(5):
+            while True:
+                response = await client.get("/v1/tasks/new/file")
+                if (response.content if response.status_code == 200 else None) == wanted:
+                    return
+                await asyncio.sleep(0.01)
+
+    async def main():
+        options = {"tasks": (), "folder": str(tmp_path), "watch_seconds": 0.02}
+        async with (
+            open_site(uploads=Uploads(tmp_path), **options) as a,
+            open_site(uploads=Uploads(tmp_path), **options) as b,
+            a.client() as here,
+            b.client() as there,
+        ):
+            await here.put("/v1/tasks/new", content=first)
+            await eventually(there, first)
+            await there.put("/v1/tasks/new", content=second)
+            await eventually(here, second)
+            await here.post("/v1/tasks/new/rollback")
+            await eventually(there, first)
+            await there.delete("/v1/tasks/new")
+            await eventually(here, None)
+
+    asyncio.run(main())
+
+
+def test_a_damaged_list_of_uploads_is_an_error_and_never_ignored(tmp_path):
+    (tmp_path / ".uploads").mkdir()
+    for text in (
+        "{",
+        '{"format": 2, "tasks": {}}',
+        '{"format": 1, "tasks": {"a": {"files": ["x"]}}}',
+    ):
+        (tmp_path / ".uploads" / "tasks.json").write_text(text, encoding="utf-8")
+        with pytest.raises(bitfit.BitfitError, match=r"tasks\.json: .*restore it"):
+            Uploads(tmp_path).entries()
+
+
+def test_what_cannot_be_kept_is_not_served(tmp_path, monkeypatch):
+    async def check(site, client):
+        def fail(*_, **__):
+            raise bitfit.BitfitError("no space left")
+
+        monkeypatch.setattr(site.service.uploads, "record", fail)
+        response = await client.put("/v1/tasks/new", content=GOOD)
+        assert response.status_code == 500
+        assert "new" not in site.shelf.versions
+
+    in_site(check, uploads=Uploads(tmp_path))
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+ROUTES = [
+    ("POST", "/v1/predict", "predict"), ("GET", "/v1/tasks", "predict"),
+    ("GET", "/v1/tasks/mood", "predict"), ("GET", "/v1/compare?a=mood&b=topic", "predict"),
+    ("GET", "/v1/stats", "predict"), ("GET", "/metrics", "predict"),
+    ("GET", "/v1/tasks/mood/file", "manage"), ("PUT", "/v1/tasks/new", "manage"),
+    ("POST", "/v1/tasks/mood/rollback", "manage"), ("DELETE", "/v1/tasks/mood", "manage"),
+    ("GET", "/healthz", None), ("GET", "/readyz", None), ("GET", "/", None),
+    ("GET", "/openapi.json", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path", "role"), ROUTES)
+def test_every_route_wants_its_role(method, path, role):
+    async def check(site, client):
+        content = json.dumps(ask(("mood", "a"))).encode() if method == "POST" else GOOD
+        content = content if method in ("POST", "PUT") else None
+        for key, allowed in ((None, role is None), ("wrong-key-0123456789", role is None),
+                             (PREDICT, role != "manage"), (MANAGE, True)):  # fmt: skip
+            headers = {"Authorization": f"Bearer {key}"} if key else {"Authorization": ""}
+            response = await client.request(method, path, content=content, headers=headers)
+            if allowed:
+                assert response.status_code in (200, 201, 204, 409)
+            else:
+                status = 403 if key == PREDICT else 401
+                assert response.status_code == status
+                assert error_of(response)["code"] == {401: "unauthorized", 403: "forbidden"}[status]
+                assert ("www-authenticate" in response.headers) == (status == 401)
+
+    in_site(check, KEYS)
+
+
+def test_keys_are_read_from_a_file_or_the_environment_and_never_shown(tmp_path, monkeypatch):
+    path = tmp_path / "keys"
+    hashed = "a" * 64
+    path.write_text(f"# ours\npredict:{PREDICT}\nmanage:sha256:{hashed}  # theirs\n")
+    keys = Keys.load(path)
+    assert len(keys) == 2
+    assert PREDICT not in repr(vars(keys))
+    monkeypatch.setenv("BITFIT_API_KEYS", f"manage:{MANAGE},predict:{PREDICT}")
+    assert len(Keys.load()) == 2
+    monkeypatch.delenv("BITFIT_API_KEYS")
+    assert len(Keys.load()) == 0
+    secret = "secret-0123456789abcdef"
+    for text, message in [
+        (f"admin:{secret}", "keys:1: expected ROLE:KEY"),
+        (secret, "expected ROLE:KEY"),
+        ("predict:short", "the key has 5 characters, expected 16"),
+        ("# nothing", "no key in it"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UsageError, match=message) as refused:
+            Keys.load(path)
+        assert secret not in str(refused.value)
+        assert "short" not in str(refused.value)
+    with pytest.raises(UsageError, match="cannot be read"):
+        Keys.load(tmp_path / "none")
+
+
+def test_without_keys_only_this_machine_is_served():
+    for host in ("127.0.0.1", "localhost", "::1", "127.3.2.1"):
+        check_bind(ServeConfig(host=host), Keys())
+    for host in ("0.0.0.0", "::", "192.168.1.7", "example.com"):
+        with pytest.raises(UsageError, match="--insecure"):
+            check_bind(ServeConfig(host=host), Keys())
+        check_bind(ServeConfig(host=host), KEYS)
+        check_bind(ServeConfig(host=host, insecure=True), Keys())
+
+
+def test_without_keys_pages_of_other_sites_are_kept_out():
+    async def main():
+        async with open_site() as site:
+            async with site.client(host="evil.example") as client:  # its name was bent to us
+                response = await client.get("/v1/tasks")
+                assert (response.status_code, error_of(response)["code"]) == (403, "wrong_host")
+            async with site.client() as client:
+                for origin in ("https://evil.example", "null", "http://127.0.0.1:9999"):
+                    response = await client.post(
+                        "/v1/tasks/mood/rollback", headers={"Origin": origin}
+                    )
+                    assert response.status_code == 403
+                    assert error_of(response)["code"] == "cross_origin"
+                own = {"Origin": "http://127.0.0.1:8000"}
+                response = await client.post("/v1/predict", json=ask(("mood", "a")), headers=own)
+                assert response.status_code == 200
+        async with open_site(KEYS) as site, site.client(MANAGE, host="tasks.example") as client:
+            assert (await client.get("/v1/tasks")).status_code == 200
+
+    asyncio.run(main())
+
+
+# --- page, metrics, log ---------------------------------------------------------------------------
+
+
+def test_the_page_and_its_files_come_from_the_package_under_a_strict_policy():
+    async def check(site, client):
+        response = await client.get("/")
+        assert response.status_code == 200
+        assert response.headers["content-type"] == "text/html; charset=utf-8"
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        for name, asset in read_assets().items():
+            found = await client.get(f"/page/{name}")
+            assert (found.content, found.headers["etag"]) == (asset.data, asset.tag)
+        again = await client.get("/", headers={"If-None-Match": response.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        for path in ("/page/../app.py", "/page/%2e%2e%2fapp.py", "/page/none.js", "/page/"):
+            assert (await client.get(path)).status_code == 404
+        for path in ("/", "/v1/tasks", "/nothing"):
+            headers = (await client.get(path)).headers
+            assert headers["x-content-type-options"] == "nosniff"
+            assert headers["x-frame-options"] == "DENY"
+            assert "server" not in headers
+
+    in_site(check)
+
+
+def test_the_page_loads_nothing_from_elsewhere():
+    for name, asset in read_assets().items():
+        if name.endswith((".html", ".css", ".js")):
+            text = asset.data.decode()
+            assert not re.search(r"""(src|href)=["']?(https?:)?//""", text), name
+            assert "@import" not in text
+            assert not re.search(r"<(script|style)>|\son\w+=|\sstyle=", text), name
+
+
+def test_errors_of_routing_have_the_same_shape():
+    async def check(site, client):
+        for method, path, status, code in [
+            ("GET", "/nothing", 404, "not_found"),
+            ("GET", "/v1/predict", 405, "method_not_allowed"),
+            ("PATCH", "/v1/tasks/mood", 405, "method_not_allowed"),
+            ("GET", "/v1/tasks?limit=0", 422, "bad_input"),
+            ("GET", "/v1/tasks?offset=x", 422, "bad_input"),
+        ]:
+            response = await client.request(method, path)
+            assert (response.status_code, error_of(response)["code"]) == (status, code)
+
+    in_site(check)
+
+
+def test_metrics_count_requests_items_and_batches():
+    async def check(site, client):
+        for i in range(3):
+            await client.post("/v1/predict", json=ask(("mood", "a"), ("none", str(i))))
+        await client.get("/nothing")
+        text = (await client.get("/metrics")).text
+        assert 'bitfit_items_total{outcome="answered"} 3.0' in text
+        assert 'bitfit_items_total{outcome="unknown_task"} 3.0' in text
+        assert 'bitfit_task_items_total{task="mood"} 3.0' in text
+        assert "none" not in text
+        assert 'route="/v1/predict",status="200"} 3.0' in text
+        assert 'route="other",status="404"} 1.0' in text
+        assert "bitfit_batch_fill_count" in text
+        assert "bitfit_tasks 2.0" in text
+        stats = (await client.get("/v1/stats")).json()
+        assert stats["items"] == 6
+        assert stats["tasks"] == stats["resident"] == 2
+        assert stats["latency_ms"]["p50"] > 0
+        assert stats["queue"] == {"items": 0, "tokens": 0}
+        assert stats["base"] == {"name": "tiny"}
+
+    in_site(check)
+
+
+def test_the_labels_of_tasks_are_bounded():
+    metrics = Metrics(task_labels=3)
+    for i in range(50):
+        metrics.predicted(0.01, [("answered", f"task{i}")])
+    text = metrics.render().decode()
+    assert text.count("bitfit_task_items_total{") == 4
+    assert f'bitfit_task_items_total{{task="{OTHER}"}} 47.0' in text
+
+
+def test_rates_are_those_of_the_last_seconds():
+    now = 100.0
+    metrics = Metrics(clock=lambda: now)
+    for _ in range(20):
+        now += 1
+        metrics.predicted(0.5, [("answered", "a")] * 4)
+    assert metrics.recent()["items_per_s"] == 4
+    now += 1000
+    found = metrics.recent()
+    assert (found["items_per_s"], found["latency_ms"]["p50"], found["items"]) == (0, None, 80)
+
+
+@pytest.fixture
+def log_lines():
+    """A function to the lines that were logged."""
+    stream = io.StringIO()
+    logger = logging.getLogger("bitfit.serve")
+    before = logger.handlers[:], logger.propagate, logger.level
+    logs.configure(stream)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    logger.handlers, logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
+
+
+def test_the_log_has_no_texts_and_no_keys(log_lines):
+    async def check(site, client):
+        await client.post("/v1/predict", json=ask(("mood", "a private text"), ("x", "another one")))
+        await client.post(
+            "/v1/predict",
+            json=ask(("mood", "third")),
+            headers={"Authorization": "Bearer nonsense-nonsense"},
+        )
+        await client.get("/v1/tasks?query=searched")
+        await client.put("/v1/tasks/new", content=GOOD)
+
+    in_site(check, KEYS)
+    lines = log_lines()
+    text = json.dumps(lines)
+    for secret in ("private", "another one", "third", "searched", MANAGE, "nonsense"):
+        assert secret not in text
+    requests = [line for line in lines if line["event"] == "request"]
+    assert [line["status"] for line in requests] == [200, 401, 200, 201]
+    assert requests[0]["items"] == 2
+    assert re.fullmatch("[0-9a-f]{8}", requests[0]["key"])
+    assert {"time", "level", "event", "id", "route", "ms"} <= requests[0].keys()
+    change = next(line for line in lines if line["event"] == "task")
+    assert (change["change"], change["task"]) == ("added", "new")
+
+
+def test_texts_are_logged_where_that_is_asked_for(log_lines):
+    async def check(site, client):
+        await client.post("/v1/predict", json=ask(("mood", "shown")))
+
+    in_site(check, log_texts=True)
+    assert "shown" in json.dumps(log_lines())
+
+
+# --- settings, OpenAPI ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"port": 70_000}, "port is 70000; expected a whole number from 0 to 65535"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_wait_ms": -1}, "max_wait_ms is -1; expected a number from 0 up"),
+        ({"deadline_ms": 0}, "deadline_ms is 0; expected a number above 0"),
+        ({"max_delay_ms": float("nan")}, "max_delay_ms is nan"),
+        ({"max_items": 5000}, "could never be accepted"),
+        ({"max_body_bytes": 1 << 30}, "max_held_bytes"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        ServeConfig(**changes)
+
+
+def test_the_address_is_one_that_a_browser_takes():
+    assert ServeConfig().address == "http://127.0.0.1:8000"
+    assert ServeConfig(host="0.0.0.0", port=80).address == "http://127.0.0.1:80"
+    assert ServeConfig(host="::1").address == "http://[::1]:8000"
+
+
+def test_openapi_describes_every_route_with_examples():
+    async def check(site, client):
+        schema = (await client.get("/openapi.json")).json()
+        found = {
+            (method.upper(), path) for path, entry in schema["paths"].items() for method in entry
+        }
+        told = {(m, re.sub(r"\?.*", "", p).replace("mood", "{name}").replace("new", "{name}"))
+                for m, p, _ in ROUTES}  # fmt: skip
+        assert found == told - {("GET", "/"), ("GET", "/openapi.json")}
+        models = schema["components"]["schemas"]
+        for name in ("PredictIn", "PredictOut", "ErrorOut"):
+            assert models[name]["examples"]
+        for path, entry in schema["paths"].items():
+            for method, call in entry.items():
+                assert call["description"], (method, path)
+                assert "503" in call["responses"]
+                if path.startswith("/v1"):
+                    assert call["security"]
+        assert "HTTPValidationError" not in models
+
+    in_site(check, KEYS)
+
+
+def test_the_examples_of_the_description_are_answered():
+    async def check(site, client):
+        schema = (await client.get("/openapi.json")).json()
+        for example in schema["components"]["schemas"]["PredictIn"]["examples"]:
+            response = await client.post("/v1/predict", json=example)
+            assert response.status_code == 200
+
+    in_site(check, tasks=("intent", "sentiment"))

@@ -1,0 +1,266 @@
+import dataclasses
+import os
+import threading
+
+import pytest
+import torch
+from tiny import make_task
+
+from bitfit.errors import TaskFileError, UnknownTask, UsageError, WrongBase
+from bitfit.serve.shelf import FINGERPRINT, Shelf
+from bitfit.serve.sources import SUFFIX
+
+
+@pytest.fixture
+def encoder(open_tiny):
+    return open_tiny()
+
+
+@pytest.fixture
+def shelf(encoder):
+    return Shelf(encoder)
+
+
+def row_of(shelf, lease):
+    return shelf.tasks.bank.gather([lease.row])[0]
+
+
+def test_a_task_is_known_by_the_seal_of_its_file(shelf, encoder, tmp_path):
+    made = make_task(encoder, description="a card", licence="MIT", scores={"accuracy": 0.5})
+    made.save(tmp_path / "mood")
+    file = type(made).load(tmp_path / "mood")
+    info = shelf.put("m", file)
+    assert info.fingerprint == file.seal[:FINGERPRINT] == made.seal[:FINGERPRINT]
+    assert (info.name, info.version, info.kind, info.score) == ("m", 1, "classification", 0.5)
+    assert (info.description, info.licence, info.resident) == ("a card", "MIT", True)
+    assert info.bytes == 4 * (shelf.tasks.bank.layout.n + file.head_size)
+    back = shelf.file("m")
+    assert back.to_bytes() == file.to_bytes()
+
+
+def test_requests_that_hold_a_version_finish_on_it(shelf, encoder):
+    first, second = make_task(encoder, seed=1), make_task(encoder, seed=2)
+    shelf.put("m", first)
+    old = shelf.lease("m")
+    kept = row_of(shelf, old)
+    info = shelf.put("m", second)
+    new = shelf.lease("m")
+    assert (old.version, new.version, info.version) == (1, 2, 2)
+    assert old.fingerprint == first.seal[:FINGERPRINT]
+    assert new.fingerprint == second.seal[:FINGERPRINT]
+    assert torch.equal(row_of(shelf, old), kept)
+    assert not torch.equal(row_of(shelf, new), kept)
+    assert shelf.resident == 2
+    old.release()
+    old.release()
+    assert shelf.resident == 1
+    shelf.remove("m")
+    assert shelf.resident == 1
+    new.release()
+    assert shelf.resident == 0
+    with pytest.raises(UnknownTask):
+        shelf.lease("m")
+
+
+def test_the_version_before_comes_back_under_a_new_number(shelf, encoder):
+    first, second = make_task(encoder, seed=1), make_task(encoder, seed=2)
+    shelf.put("m", first)
+    with pytest.raises(UsageError, match="no version before"):
+        shelf.rollback("m")
+    assert shelf.put("m", second).can_roll_back
+    info = shelf.rollback("m")
+    assert (info.version, info.fingerprint) == (3, first.seal[:FINGERPRINT])
+    assert shelf.rollback("m").fingerprint == second.seal[:FINGERPRINT]
+    assert torch.equal(shelf.file("m").bias, second.bias)
+    with pytest.raises(UnknownTask):
+        shelf.rollback("n")
+
+
+def test_a_removed_task_that_comes_again_has_a_new_number(shelf, encoder):
+    shelf.put("m", make_task(encoder))
+    shelf.remove("m")
+    assert shelf.put("m", make_task(encoder)).version == 2
+
+
+def test_a_file_that_does_not_fit_changes_nothing(shelf, encoder, open_tiny):
+    shelf.put("m", make_task(encoder))
+    with pytest.raises(WrongBase):
+        shelf.put("m", make_task(open_tiny("bert", 1)))
+    odd = dataclasses.replace(make_task(encoder), head={"classifier.weight": torch.zeros(2, 3)})
+    with pytest.raises(TaskFileError):
+        shelf.put("m", odd)
+    assert shelf.info("m").version == 1
+
+
+def test_too_large_a_bias_is_refused_in_fewer_bits(encoder):
+    shelf = Shelf(encoder, storage="fp16")
+    shelf.put("m", make_task(encoder))
+    with pytest.raises(UsageError, match="fp16"):
+        shelf.put("m", make_task(encoder, scale=1e6))
+    assert shelf.info("m").version == 1
+    assert shelf.resident == 1
+
+
+def test_an_unknown_task_is_an_error_with_the_nearest_name(shelf, encoder):
+    shelf.put("mood", make_task(encoder))
+    for call in (shelf.lease, shelf.info, shelf.remove, shelf.file, shelf.rollback):
+        with pytest.raises(UnknownTask, match="Did you mean 'mood'"):
+            call("moood")
+
+
+# ------------------------------------------------------------------ more tasks than memory
+
+
+def put_saved(shelf, folder, name, file, **options):
+    path = str(folder / f"{name}{SUFFIX}")
+    file.save(path)
+    return shelf.put(name, file, source=path, **options)
+
+
+def test_the_least_recently_used_rows_are_dropped_and_read_again(encoder, tmp_path):
+    shelf = Shelf(encoder, max_resident=2)
+    put_saved(shelf, tmp_path, "pinned", make_task(encoder, seed=9), pinned=True)
+    shelf.put("memory", make_task(encoder, seed=8))  # no file to be read again from
+    rows = {}
+    for i in range(5):
+        file = make_task(encoder, seed=i)
+        put_saved(shelf, tmp_path, f"t{i}", file)
+        with shelf.lease(f"t{i}") as lease:
+            rows[f"t{i}"] = row_of(shelf, lease)
+    resident = [info.name for info in shelf.infos() if info.resident]
+    assert resident == ["memory", "pinned", "t3", "t4"]
+    assert shelf.resident == 4
+    for name in ("t0", "t3", "t0", "t1"):
+        with shelf.lease(name) as lease:
+            assert torch.equal(row_of(shelf, lease), rows[name])
+    assert [i.name for i in shelf.infos() if i.resident] == ["memory", "pinned", "t0", "t1"]
+    held = [shelf.lease(f"t{i}") for i in range(5)]  # in use: none of them may go
+    assert all(torch.equal(row_of(shelf, x), rows[x.name]) for x in held)
+    for lease in held:
+        lease.release()
+    assert shelf.resident == 4
+
+
+def test_a_file_that_changed_under_a_dropped_row_is_no_answer(encoder, tmp_path):
+    shelf = Shelf(encoder, max_resident=1)
+    put_saved(shelf, tmp_path, "a", make_task(encoder, seed=1))
+    put_saved(shelf, tmp_path, "b", make_task(encoder, seed=2))
+    make_task(encoder, seed=3).save(tmp_path / f"a{SUFFIX}")
+    with pytest.raises(TaskFileError, match="put the task again"):
+        shelf.lease("a")
+    (tmp_path / f"a{SUFFIX}").unlink()
+    with pytest.raises(TaskFileError, match="cannot be read"):
+        shelf.lease("a")
+    assert shelf.lease("b").version == 1
+
+
+# ------------------------------------------------------------------ directories
+
+
+@pytest.mark.parametrize("place", ["folder", "memory"])
+def test_a_directory_is_followed(place, encoder, tmp_path):
+    shelf = Shelf(encoder)
+    if place == "folder":
+        where, write = str(tmp_path), lambda name, data: (tmp_path / name).write_bytes(data)
+
+        def delete(name):
+            (tmp_path / name).unlink()
+    else:
+        import fsspec
+
+        system, where = fsspec.filesystem("memory"), "memory://tasks"
+        system.makedirs("/tasks", exist_ok=True)
+
+        def write(name, data):
+            system.pipe_file(f"/tasks/{name}", data)
+
+        def delete(name):
+            system.rm(f"/tasks/{name}")
+
+    assert shelf.sync(where) == []
+    write("a" + SUFFIX, make_task(encoder, seed=1).to_bytes())
+    write("b" + SUFFIX, b"no task file")
+    write("other.txt", b"")
+    found = shelf.sync(where)
+    assert [(c.what, c.name) for c in found] == [("added", "a"), ("refused", "b")]
+    assert found[0].info.version == 1
+    assert "not a bitfit task file" in found[1].message
+    assert shelf.sync(where) == []  # told once
+    write("a" + SUFFIX, make_task(encoder, seed=2, description="new").to_bytes())
+    write("b" + SUFFIX, make_task(encoder, seed=3).to_bytes())
+    assert [(c.what, c.name) for c in shelf.sync(where)] == [("changed", "a"), ("added", "b")]
+    assert shelf.info("a").version == 2
+    assert shelf.rollback("a").fingerprint == make_task(encoder, seed=1).seal[:FINGERPRINT]
+    write("a" + SUFFIX, b"damaged")
+    assert [(c.what, c.name) for c in shelf.sync(where)] == [("refused", "a")]
+    assert shelf.info("a").version == 3  # what answered goes on answering
+    delete("b" + SUFFIX)
+    assert [(c.what, c.name) for c in shelf.sync(where)] == [("removed", "b")]
+    assert "b" not in shelf
+    if place == "memory":
+        system.rm("/tasks", recursive=True)
+
+
+def test_a_directory_that_cannot_be_read_is_told_and_removes_nothing(encoder, tmp_path):
+    shelf = Shelf(encoder)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    make_task(encoder).save(folder / f"a{SUFFIX}")
+    make_task(encoder).save(folder / f"bad name{SUFFIX}")
+    assert [c.what for c in shelf.sync(folder)] == ["added", "refused"]
+    os.rename(folder, tmp_path / "away")
+    assert [c.what for c in shelf.sync(folder)] == ["refused"]
+    assert [c.what for c in shelf.sync("nothing://there")] == ["refused"]
+    assert "a" in shelf
+
+
+def test_many_threads_find_whole_rows_only(encoder, tmp_path):
+    """Each lease has the row of the file that its fingerprint names."""
+    shelf = Shelf(encoder, max_resident=2)
+    files = [make_task(encoder, seed=i) for i in range(6)]
+    rows = {f.seal[:FINGERPRINT]: shelf.tasks.fit(f).layout.expand(f.bias, shelf.tasks.bank.layout)
+            for f in files}  # fmt: skip
+    for i, file in enumerate(files):
+        file.save(tmp_path / f"{i}{SUFFIX}")
+    for name in "abc":
+        shelf.put(name, files[0], source=str(tmp_path / f"0{SUFFIX}"))
+    wrong, stop = [], threading.Event()
+
+    def change(seed):
+        generator = torch.Generator().manual_seed(seed)
+        while not stop.is_set():
+            name = "abc"[int(torch.randint(3, (1,), generator=generator))]
+            which = int(torch.randint(6, (1,), generator=generator))
+            try:
+                shelf.put(name, files[which], source=str(tmp_path / f"{which}{SUFFIX}"))
+                if which % 3 == 0:
+                    shelf.rollback(name)
+                if which % 3 == 1:
+                    shelf.remove(name)
+            except UsageError:
+                pass  # removed by the other one, or nothing to roll back to
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=change, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    seen = 0
+    for i in range(300):
+        try:
+            lease = shelf.lease("abc"[i % 3])
+        except UnknownTask:
+            continue
+        with lease:
+            seen += 1
+            if not torch.equal(row_of(shelf, lease), rows[lease.fingerprint]):
+                wrong.append(lease.fingerprint)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert seen > 50
+    for name in [info.name for info in shelf.infos()]:
+        shelf.remove(name)
+    assert shelf.resident == 0
+    assert shelf.tasks.bank.capacity < 40
