@@ -113,6 +113,7 @@ class Connection:
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def send(self, request: bytes) -> int:
+        """Send a request and return the status, once the whole answer was read."""
         if self.streams is None:
             self.streams = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 22)
         reader, writer = self.streams
@@ -122,6 +123,7 @@ class Connection:
         return int(head[9:12])
 
     def close(self) -> None:
+        """End the connection, if there is one."""
         if self.streams is not None:
             self.streams[1].close()
 
@@ -197,7 +199,10 @@ def resident_mb(pid: int) -> float:
 
 def spread(times: list[float]) -> dict[str, float]:
     marks = np.percentile(times, (50, 99, 100)) * 1000
-    return {f"{name}_ms": round(float(m), 1) for name, m in zip(("p50", "p99", "max"), marks)}
+    return {
+        f"{name}_ms": round(float(m), 1)
+        for name, m in zip(("p50", "p99", "max"), marks, strict=True)
+    }
 
 
 # --- all of it ------------------------------------------------------------------------------------
@@ -224,8 +229,8 @@ def compare_ways(
         "items_per_request": size, "clients": arguments.clients,
         "in_process_items_per_s": round(statistics.median(inside), 1),
         "http_items_per_s": round(statistics.median(outside), 1),
-        "ratio": round(statistics.median(o / i for o, i in zip(outside, inside)), 3),
-        "rounds": [[round(i, 1), round(o, 1)] for i, o in zip(inside, outside)],
+        "ratio": round(statistics.median(o / i for o, i in zip(outside, inside, strict=True)), 3),
+        "rounds": [[round(i, 1), round(o, 1)] for i, o in zip(inside, outside, strict=True)],
         **spread(times),
     }  # fmt: skip
 

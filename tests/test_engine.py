@@ -15,11 +15,12 @@ from bitfit.serve.answers import merge_entities
 from bitfit.serve.engine import Engine, Item, Ready
 from bitfit.serve.shelf import FINGERPRINT, Shelf
 
+FOUR = ("a", "b", "c", "d")
 KINDS = {
     "mood": {"kind": "classification"},
-    "topic": {"kind": "classification", "labels": ("a", "b", "c", "d"), "terms": "query,b_m2"},
-    "other": {"kind": "classification", "labels": ("a", "b", "c", "d"), "pooling": "mean", "seed": 1},
-    "first": {"kind": "classification", "labels": ("a", "b", "c", "d"), "pooling": "cls", "seed": 2},
+    "topic": {"kind": "classification", "labels": FOUR, "terms": "query,b_m2"},
+    "other": {"kind": "classification", "labels": FOUR, "pooling": "mean", "seed": 1},
+    "first": {"kind": "classification", "labels": FOUR, "pooling": "cls", "seed": 2},
     "pooled": {"kind": "regression", "terms": "all,pooler", "seed": 3},
     "score": {"kind": "regression", "seed": 4},
     "tags": {"kind": "multilabel", "labels": ("x", "y", "z"), "seed": 5},

@@ -23,7 +23,7 @@ from bitfit.experiments.execute import Event as TrainingEvent
 from bitfit.experiments.execute import Group
 from bitfit.experiments.executor import Executor, LocalExecutor, Outcome, WorkerLost
 from bitfit.experiments.grid import Grid
-from bitfit.experiments.held import Held
+from bitfit.experiments.claimed import Held
 from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import MOST_LANES, Planner, first_group, make_group
 from bitfit.experiments.runs import Conditions, Run
