@@ -17,13 +17,13 @@ import torch
 
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted, UsageError
+from bitfit.experiments.claimed import Held
 from bitfit.experiments.cluster import RayExecutor, check_address, connected, new_job
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Event as TrainingEvent
 from bitfit.experiments.execute import Group
 from bitfit.experiments.executor import Executor, LocalExecutor, Outcome, WorkerLost
 from bitfit.experiments.grid import Grid
-from bitfit.experiments.claimed import Held
 from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import MOST_LANES, Planner, first_group, make_group
 from bitfit.experiments.runs import Conditions, Run
