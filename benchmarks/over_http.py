@@ -197,7 +197,10 @@ def resident_mb(pid: int) -> float:
 
 def spread(times: list[float]) -> dict[str, float]:
     marks = np.percentile(times, (50, 99, 100)) * 1000
-    return {f"{name}_ms": round(float(m), 1) for name, m in zip(("p50", "p99", "max"), marks)}
+    return {
+        f"{name}_ms": round(float(m), 1)
+        for name, m in zip(("p50", "p99", "max"), marks, strict=True)
+    }
 
 
 # --- all of it ------------------------------------------------------------------------------------
@@ -224,8 +227,8 @@ def compare_ways(
         "items_per_request": size, "clients": arguments.clients,
         "in_process_items_per_s": round(statistics.median(inside), 1),
         "http_items_per_s": round(statistics.median(outside), 1),
-        "ratio": round(statistics.median(o / i for o, i in zip(outside, inside)), 3),
-        "rounds": [[round(i, 1), round(o, 1)] for i, o in zip(inside, outside)],
+        "ratio": round(statistics.median(o / i for o, i in zip(outside, inside, strict=True)), 3),
+        "rounds": [[round(i, 1), round(o, 1)] for i, o in zip(inside, outside, strict=True)],
         **spread(times),
     }  # fmt: skip
 
@@ -260,7 +263,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             file.save(folder / f"{file.task.name}.bitfit.safetensors")
         shelf.sync(folder)
         engine = Engine(shelf)
-        with server(folder, arguments) as (port, _):
+        patient = ("--max-delay-ms", "600000", "--deadline-ms", "600000")
+        with server(folder, arguments, *patient) as (port, _):
             ways = [compare_ways(engine, port, texts, size, arguments) for size in (32, 1)]
         loaded = overload(folder, texts, ways[0]["http_items_per_s"], arguments)
     return {
