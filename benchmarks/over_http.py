@@ -92,14 +92,14 @@ def draw(texts: list[str], tasks: int, items: int, seed: int) -> list[dict[str, 
 # --- in process -----------------------------------------------------------------------------------
 
 
-def in_process(engine: Engine, calls: list[list[Item]], seconds: float) -> float:
-    """Return items per second, each call prepared and answered."""
-    done, began, number = 0, time.perf_counter(), 0
+def in_process(engine: Engine, calls: list[list[Item]], seconds: float) -> tuple[float, float]:
+    """Return items per second, each call prepared and answered, and CPU seconds per item."""
+    done, began, number, cpu = 0, time.perf_counter(), 0, time.process_time()
     while (spent := time.perf_counter() - began) < seconds:
         call = calls[number % len(calls)]
         engine.answer(engine.prepare(call))  # type: ignore[arg-type]
         done, number = done + len(call), number + 1
-    return done / spent
+    return done / spent, (time.process_time() - cpu) / done
 
 
 # --- over HTTP ------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class Connection:
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def send(self, request: bytes) -> int:
-        """Send a request and return the status, once the whole answer was read."""
+        """Send a request, read its answer to the end, and return the status."""
         if self.streams is None:
             self.streams = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 22)
         reader, writer = self.streams
@@ -123,7 +123,7 @@ class Connection:
         return int(head[9:12])
 
     def close(self) -> None:
-        """End the connection, if there is one."""
+        """Close the connection."""
         if self.streams is not None:
             self.streams[1].close()
 
@@ -192,6 +192,11 @@ def server(folder: Path, arguments: argparse.Namespace, *more: str) -> Iterator[
             process.terminate()
 
 
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def resident_mb(pid: int) -> float:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -199,31 +204,42 @@ def resident_mb(pid: int) -> float:
 
 def spread(times: list[float]) -> dict[str, float]:
     marks = np.percentile(times, (50, 99, 100)) * 1000
-    return {
-        f"{name}_ms": round(float(m), 1)
-        for name, m in zip(("p50", "p99", "max"), marks, strict=True)
-    }
+    names = ("p50_ms", "p99_ms", "max_ms")
+    return {name: round(float(mark), 1) for name, mark in zip(names, marks, strict=True)}
 
 
 # --- all of it ------------------------------------------------------------------------------------
 
 
 def compare_ways(
-    engine: Engine, port: int, texts: list[str], size: int, arguments: argparse.Namespace
+    engine: Engine,
+    port: int,
+    pid: int,
+    texts: list[str],
+    size: int,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Return items per second both ways, in turns, with requests of ``size`` items."""
+    """Return what both ways did, in turns, with requests of ``size`` items.
+
+    CPU time is that of the engine's process and of the server's: other programs change it little.
+    """
     drawn = [draw(texts, arguments.tasks, size, seed) for seed in range(256)]
     requests = [request_bytes(items) for items in drawn]
     items = [Item(**item) for request in drawn for item in request]
     # The best that the engine does: full batches.
     calls = [items[i : i + 256] for i in range(0, len(items), 256)]
     inside, outside, times = [], [], []
+    cpu_inside, cpu_outside = [], []
     in_process(engine, calls, 1)
-    asyncio.run(closed_loop(port, requests, arguments.clients, 1))
+    asyncio.run(closed_loop(port, requests, arguments.clients, 0.1))
     for _ in range(arguments.rounds):
-        inside.append(in_process(engine, calls, arguments.seconds))
+        rate, cpu = in_process(engine, calls, arguments.seconds)
+        inside.append(rate)
+        cpu_inside.append(cpu * 1000)
+        before = cpu_seconds(pid)
         rate, took = asyncio.run(closed_loop(port, requests, arguments.clients, arguments.seconds))
         outside.append(rate * size)
+        cpu_outside.append((cpu_seconds(pid) - before) / (len(took) * size) * 1000)
         times += took
     return {
         "items_per_request": size, "clients": arguments.clients,
@@ -231,6 +247,10 @@ def compare_ways(
         "http_items_per_s": round(statistics.median(outside), 1),
         "ratio": round(statistics.median(o / i for o, i in zip(outside, inside, strict=True)), 3),
         "rounds": [[round(i, 1), round(o, 1)] for i, o in zip(inside, outside, strict=True)],
+        "cpu_ms_per_item": [
+            round(statistics.median(cpu_inside), 2),
+            round(statistics.median(cpu_outside), 2),
+        ],
         **spread(times),
     }  # fmt: skip
 
@@ -242,12 +262,14 @@ def overload(folder: Path, texts: list[str], rate: float, arguments: argparse.Na
     with server(folder, arguments, "--max-delay-ms", "1000") as (port, pid):
         asyncio.run(closed_loop(port, requests, 8, 2))
         before = resident_mb(pid)
+        began = time.perf_counter()
         found = asyncio.run(open_loop(port, requests, 2 * rate / size, arguments.overload_seconds))
+        spent = time.perf_counter() - began
         after = resident_mb(pid)
     accepted = [seconds for status, seconds in found if status == 200]
     return {
         "offered_items_per_s": round(2 * rate, 1),
-        "answered_items_per_s": round(len(accepted) * size / arguments.overload_seconds, 1),
+        "answered_items_per_s": round(len(accepted) * size / spent, 1),
         "accepted": len(accepted), "refused": sum(status == 429 for status, _ in found),
         "other": sum(status not in (200, 429) for status, _ in found),
         "memory_mb": [round(before, 1), round(after, 1)], **spread(accepted),
@@ -265,8 +287,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             file.save(folder / f"{file.task.name}.bitfit.safetensors")
         shelf.sync(folder)
         engine = Engine(shelf)
-        with server(folder, arguments) as (port, _):
-            ways = [compare_ways(engine, port, texts, size, arguments) for size in (32, 1)]
+        patient = ("--max-delay-ms", "600000", "--deadline-ms", "600000")
+        with server(folder, arguments, *patient) as (port, pid):
+            ways = [compare_ways(engine, port, pid, texts, size, arguments) for size in (32, 1)]
         loaded = overload(folder, texts, ways[0]["http_items_per_s"], arguments)
     return {
         "command": " ".join(["python", *sys.argv]),
@@ -286,7 +309,8 @@ def show(found: dict[str, Any]) -> None:
         print(
             f"{way['clients']} clients, {way['items_per_request']} items a request: in process "
             f"{way['in_process_items_per_s']} items/s, HTTP {way['http_items_per_s']}, ratio "
-            f"{way['ratio']}; p50 {way['p50_ms']} ms, p99 {way['p99_ms']} ms"
+            f"{way['ratio']}; CPU ms per item {way['cpu_ms_per_item']}; p50 {way['p50_ms']} ms, "
+            f"p99 {way['p99_ms']} ms"
         )
     print("twice the load:", found["overload"])
 

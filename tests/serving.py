@@ -67,6 +67,13 @@ class DummyShelf:
     def __contains__(self, name):
         return name in self.versions
 
+    def __len__(self):
+        return len(self.versions)
+
+    @property
+    def resident(self):
+        return len(self.versions)
+
     def put(self, name, file, *, source=None, pinned=False, version=1):
         if file.base.sha256 != "b" * 64:
             raise WrongBase(f"{name}: made for another base")

@@ -14,7 +14,7 @@ LAYERS = (
     {"metrics", "data", "terms", "identity"},
     {"bank", "base", "batches"},
     {"dropout", "leaves"},
-    {"attention", "recompute"},
+    {"attention", "recompute", "sharing"},
     {"encoder", "taskfile", "comparison"},
     {"heads", "inference"},
     {"held"},

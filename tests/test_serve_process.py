@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -91,6 +93,24 @@ def test_a_server_answers_changes_its_tasks_and_ends_after_what_it_accepted(task
     assert "Traceback" not in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(address)
+
+
+def test_the_lines_of_the_documentation_run(tasks, checkpoint, monkeypatch, capsys):
+    page = Path(__file__).parents[1] / "docs" / "serving.md"
+    text = page.read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    shell = "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    monkeypatch.chdir(tasks)
+    file = (tasks / "mood.bitfit.safetensors").read_bytes()
+    for name in ("intent", "other"):  # files that a reader is supposed to have
+        (tasks / f"{name}.bitfit.safetensors").write_bytes(file)
+    (tasks / "sentiment.bitfit.safetensors").write_bytes(file)
+    with running(checkpoint(), tasks) as (_, address):
+        code = code.replace("http://127.0.0.1:8000", address)
+        exec(compile(code, str(page), "exec"), {})
+        assert len(capsys.readouterr().out.splitlines()) == 4
+        lines = shell.replace("http://127.0.0.1:8000", address).replace("curl ", "curl -sSf ")
+        subprocess.run(["sh", "-e", "-c", lines], check=True, capture_output=True)
 
 
 def test_a_taken_port_a_bad_key_file_and_an_open_door_are_told_before_anything_is_loaded(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_softmax, softmax
+from scipy.special import expit, log_softmax
 
 from bitfit.errors import UsageError
 
@@ -36,7 +36,11 @@ def probabilities(
     if not temperature > 0:
         raise UsageError(f"a temperature is above 0, got {temperature}")
     scaled = np.asarray(logits, dtype=np.float64) / temperature
-    return np.asarray(expit(scaled) if multilabel else softmax(scaled, axis=-1), dtype=np.float64)
+    if multilabel:
+        return np.asarray(expit(scaled), dtype=np.float64)
+    # Written out: scipy's softmax takes ten times as long on one row, and a server asks row by row.
+    raised = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return np.asarray(raised / raised.sum(axis=-1, keepdims=True), dtype=np.float64)
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ from bitfit.leaves import (
     swapped,
 )
 from bitfit.recompute import recompute_layers
+from bitfit.sharing import Layers, Shared, share
 from bitfit.terms import Site
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,6 +78,7 @@ class Encoder:
         self._biases: dict[Layout, Tensor] = {}
         self._accepts = set(inspect.signature(self.model.forward).parameters)
         swap_leaves(self.model, "", self.state)
+        self.layers = Layers(self.model, self.sites)
         recompute_layers(self.model, self.state)
         if self.pooler is not None:
             self.pooler = swapped(self.pooler, "pooler", self.state)
@@ -134,6 +136,7 @@ class Encoder:
         dropout: StepDropout | None = None,
         *,
         holds_base: bool = False,
+        shared: Shared | None = None,
     ) -> Tensor:
         """Return the last hidden states ``(T, hidden)`` of a batch, sequences end to end, in fp32.
 
@@ -144,6 +147,8 @@ class Encoder:
             dropout: the step's masks, for all sequences of the batch in their order; None
                 evaluates. Several runs in one batch need an encoder that is packed.
             holds_base: ``shifts`` has the base's biases in it, as :meth:`biases` gives it.
+            shared: the same batch with each text once, for the layers that no row touches; see
+                :meth:`share`. Evaluation only.
         """
         if index is not None and not self.mixes:
             return self._encode_by_row(batch, shifts, index, dropout, holds_base)
@@ -153,11 +158,24 @@ class Encoder:
             self.state.shifts, self.state.dropout = shifts, dropout
             self.state.holds_base = holds_base
             try:
+                if shared is not None:
+                    return self._run_shared(batch, index, shared).float()
                 run = self._run_packed if self.packed else self._run_padded
                 return run(batch, index).float()
             finally:
                 self.state.shifts, self.state.index, self.state.dropout = {}, None, None
                 self.state.holds_base = False
+
+    def share(self, features: Sequence[Feature], touched: Iterable[str]) -> Shared | None:
+        """Return the shared form of a batch, or None where sharing gains nothing.
+
+        Args:
+            features: the sequences of the batch.
+            touched: module paths of the biases that are not the base's in any row.
+        """
+        if not (self.packed and self.mixes):
+            return None
+        return share(features, self.layers.depth(touched), self.device)
 
     def biases(self, layout: Layout) -> Tensor:
         """Return the base's own biases ``(n,)`` in the order of ``layout``, on the device."""
@@ -227,6 +245,15 @@ class Encoder:
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    def _run_shared(self, batch: Batch, index: Tensor | None, shared: Shared) -> Tensor:
+        rows = None
+        if index is not None:
+            rows = RowIndex(index[batch.sequence_of_token], _row_count(self.state.shifts))
+        with self.layers.repeating(shared, batch, self.state, rows):
+            hidden = self._run_packed(shared.distinct, None)
+        whole = shared.depth == len(self.layers.modules)
+        return hidden.index_select(0, shared.tokens) if whole else hidden
 
     def _run_padded(self, batch: Batch, index: Tensor | None) -> Tensor:
         if index is not None:

@@ -62,6 +62,7 @@ class HeldTasks:
         self.encoder = encoder
         # Without a pooler in the base no row has one; frozen tasks have rows of nothing but zeros.
         self.bank = Bank(Layout(encoder.sites), encoder.device, storage)
+        self._names = encoder.base.tensor_names
         self._heads: dict[Head, Head] = {}
         self._layouts: dict[Layout, Layout] = {}
 
@@ -74,7 +75,7 @@ class HeldTasks:
             TaskFileError: the file does not fit this base.
         """
         base = self.encoder.base
-        check_base(file.base, base.identity, base.tensor_names)
+        check_base(file.base, base.identity, self._names)
         check_tokenizer(file.tokenizer, base.tokenizer_sha256)
         pooling = "auto" if file.pooling == "none" else file.pooling
         head = make_head(file.task, self.encoder, pooling)

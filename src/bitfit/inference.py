@@ -97,7 +97,8 @@ def mixed_logits(
     """
     batch = pack(features).to(encoder.device)
     index = None if len(heads) == 1 else torch.tensor(places, device=encoder.device)
-    hidden = encoder.encode(batch, biases, index, holds_base=True)
+    shared = encoder.share(features, biases)
+    hidden = encoder.encode(batch, biases, index, holds_base=True, shared=shared)
     found: list[Logits] = [np.empty(0, np.float32)] * len(features)
     groups: dict[Head, list[int]] = {}
     for sequence, place in enumerate(places):

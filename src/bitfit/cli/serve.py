@@ -63,7 +63,7 @@ def serve(
     ] = 262_144,
     max_delay_ms: Annotated[
         float, _option(BATCHES, "Refuse (429) what would wait longer than this.", min=1)
-    ] = 15_000.0,
+    ] = 30_000.0,
     deadline_ms: Annotated[
         float, _option(BATCHES, "How long an answer may take (504).", min=1)
     ] = 60_000.0,

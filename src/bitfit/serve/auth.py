@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -168,9 +168,3 @@ def _parse_entry(entry: str, where: str) -> tuple[bytes, Role]:
 
 def _role(name: str) -> Role:
     return next(role for role in ROLES if role == name)
-
-
-def roles_of(keys: Iterable[Role]) -> str:
-    """Return how many keys there are of each role, as a log may show it."""
-    found = list(keys)
-    return ", ".join(f"{found.count(role)} {role}" for role in ROLES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from bitfit.rounding import StorageType
 from bitfit.serve.app import make_app
 from bitfit.serve.auth import Keys, check_bind
 from bitfit.serve.engine import Engine
+from bitfit.serve.logs import log
 from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.shelf import Shelf
@@ -141,10 +141,12 @@ async def serve(
     )  # fmt: skip
     await service.start()
     try:
+        log("started", tasks=len(service.shelf), keys=len(keys), base=service.base.get("name"))
         on_ready()
         await server.serve(sockets=[listener])
     finally:
-        await service.stop()
+        await service.stop(drain=not server.force_exit)
+        log("stopped")
 
 
 class _Server(uvicorn.Server):
@@ -156,8 +158,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop after what was accepted; at once where it was asked before."""
-        if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
+        self.force_exit = self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -107,15 +107,19 @@ class Service:
         self.ready = False
         self.queue.close()
 
-    async def stop(self) -> None:
-        """Answer what was accepted, then end; after ``drain_seconds`` without the rest."""
+    async def stop(self, *, drain: bool = True) -> None:
+        """Answer what was accepted, then end; after ``drain_seconds`` without the rest.
+
+        Args:
+            drain: False ends at once.
+        """
         self.close()
         if self._watcher is not None:
             self._watcher.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watcher
         try:
-            async with asyncio.timeout(self.config.drain_seconds or None):
+            async with asyncio.timeout(self.config.drain_seconds if drain else 0):
                 await self.queue.drain()
         except TimeoutError:
             log("drain_timeout", level=logging.WARNING, items=self.queue.items)
@@ -343,13 +347,15 @@ class Service:
         if self.uploads is None or not (strict or self.uploads.has_changed()):
             return
         for name, entry in self.uploads.entries().items():
-            newer = name in self._in_folder and entry.over != self._in_folder[name]
-            if self._applied.get(name) != entry and not newer:
-                try:
-                    self._apply(name, entry)
-                except BitfitError as error:
-                    log("upload_failed", level=logging.WARNING, task=name, message=str(error))
+            is_older = name in self._in_folder and entry.over != self._in_folder[name]
+            if self._applied.get(name) == entry or is_older:
+                continue
+            try:
+                self._apply(name, entry)
                 self._applied[name] = entry
+            except BitfitError as error:  # a shared folder may show the list before the file
+                self.uploads.look_again()
+                log("upload_failed", level=logging.WARNING, task=name, message=str(error))
 
     def _apply(self, name: str, entry: Entry) -> None:
         """Make of a task what the list of uploads says; its version before can come back too."""
@@ -385,12 +391,11 @@ class Service:
 
     def stats(self) -> dict[str, Any]:
         """Return what ``/v1/stats`` answers."""
-        infos = self.shelf.infos()
         config = self.config
         return self.metrics.recent() | {
             "queue": {"items": self.queue.items, "tokens": self.queue.tokens},
-            "tasks": len(infos),
-            "resident": sum(info.resident for info in infos),
+            "tasks": len(self.shelf),
+            "resident": self.shelf.resident,
             "base": self.base,
             "limits": {
                 "max_items": config.max_items, "max_text_chars": config.max_text_chars,
@@ -402,11 +407,10 @@ class Service:
 
     def render_metrics(self) -> bytes:
         """Return what ``/metrics`` answers."""
-        infos = self.shelf.infos()
         self.metrics.queue_items.set(self.queue.items)
         self.metrics.queue_tokens.set(self.queue.tokens)
-        self.metrics.tasks.set(len(infos))
-        self.metrics.resident.set(sum(info.resident for info in infos))
+        self.metrics.tasks.set(len(self.shelf))
+        self.metrics.resident.set(self.shelf.resident)
         return self.metrics.render()
 
 

@@ -35,7 +35,7 @@ class ServeConfig:
     """Items accepted and not yet answered; more are refused with 429."""
     max_queue_tokens: int = 262_144
     """Tokens that wait; more are refused with 429."""
-    max_delay_ms: float = 15_000.0
+    max_delay_ms: float = 30_000.0
     """A request that would wait longer, at the speed measured so far, is refused with 429."""
     deadline_ms: float = 60_000.0
     """How long an answer may take where a request does not say; also the longest it may say."""
@@ -56,7 +56,7 @@ class ServeConfig:
     body_seconds: float = 30.0
     """How long a client may take to send its body."""
     drain_seconds: float = 30.0
-    """How long a server that was told to stop takes for what it has accepted."""
+    """How long a server that was told to stop takes for what it has accepted; 0: not at all."""
     task_labels: int = 100
     """Tasks with a metric of their own; all others are counted together."""
     log_texts: bool = False

@@ -109,6 +109,10 @@ class Uploads:
         """Return whether the list was written since :meth:`entries` was last called."""
         return self._signature() != self._seen
 
+    def look_again(self) -> None:
+        """Let :meth:`has_changed` say so, though the list was read."""
+        self._seen = None
+
     def entries(self) -> dict[str, Entry]:
         """Return every task that was changed over the network, by name.
 
