@@ -84,3 +84,43 @@ def test_an_unknown_task_is_an_error_with_the_nearest_name():
 def test_a_layout_that_unfolds_to_millions_is_refused_early():
     with pytest.raises(TaskFileError, match="twice"):
         parse_layout([["query", ",".join(["0-999"] * 2700), 1]])
+
+
+@pytest.mark.parametrize(
+    ("storage", "error"), [("fp32", 0), ("fp16", 1e-3), ("bf16", 2e-2), ("int8", 2e-2)]
+)
+def test_rows_come_back_in_fp32_as_near_as_they_are_kept(storage, error):
+    bank = Bank(LAYOUT, storage=storage)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, 12, generator=generator)
+    rows[:, 3:6] *= 1e-3  # a site of small values has a scale of its own
+    indices = [bank.add(str(i), row) for i, row in enumerate(rows)]
+    found = bank.gather(indices[::-1])
+    assert found.dtype == torch.float32
+    for part, wanted in zip(LAYOUT.split(found).values(), LAYOUT.split(rows.flip(0)).values(),
+                            strict=True):  # fmt: skip
+        assert ((part - wanted).abs().amax(1) <= error * wanted.abs().amax(1)).all()
+    assert bank.row_bytes == {"fp32": 48, "fp16": 24, "bf16": 24, "int8": 12 + 16}[storage]
+
+
+def test_memory_stays_near_what_the_rows_need_and_no_row_moves():
+    bank = Bank(LAYOUT)
+    first = bank.add("0", torch.ones(12))
+    where = bank._blocks[0].data_ptr()
+    for i in range(1, 1000):
+        bank.add(str(i), torch.full((12,), float(i)))
+        assert bank.capacity <= max(1.15 * len(bank), len(bank) + 1)
+    assert bank._blocks[0].data_ptr() == where
+    assert bank.gather([first, bank.index("999")])[:, 0].tolist() == [1, 999]
+
+
+def test_sites_that_no_row_touches_are_left_out():
+    bank = Bank(LAYOUT)
+    a, b = torch.zeros(12), torch.zeros(12)
+    a[0], b[11] = 1, 2
+    indices = [bank.add("a", a), bank.add("b", b)]
+    base = torch.arange(12.0)
+    found = bank.biases(indices, base)
+    assert list(found) == ["layer.0.query", "pooler.dense"]
+    assert found["pooler.dense"].tolist() == [[10, 11], [10, 13]]
+    assert bank.biases([bank.add("c", b * 0)], base) == {}

@@ -451,3 +451,36 @@ def test_the_machine_is_described() -> None:
     assert found["cores"] == os.cpu_count()
     assert found["threads"] == torch.get_num_threads()
     assert timing.describe_versions()["bitfit"]
+
+
+# ------------------------------------------------------------------ serving
+
+
+def test_many_tasks_are_timed_beside_other_ways(checkpoint, capsys):
+    from bitfit.cli.app import run
+
+    command = ["bench", "serve", "--base", checkpoint(), "--tasks", "1,3", "--items", "4",
+               "--rounds", "1", "--storage", "int8"]  # fmt: skip
+    assert run([*command, "--json", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = {row["name"]: row for row in report["rows"]}
+    names = "folded mixed-1 mixed-3 engine-3 swap-3 plain separate-4 pipeline lora-32"
+    assert list(rows) == names.split()
+    for name, row in rows.items():
+        if name != "lora-32" or row["note"] is None:
+            assert row["items_per_second"] > 0
+            assert 0 < row["p50_ms"] <= row["p99_ms"]
+    assert rows["folded"]["ratio_to_folded"] == 1
+    assert report["memory"]["tasks"] == 3
+    assert report["adding"]["ready_ms"] > 0
+    assert "--storage int8" in report["command"]
+
+
+def test_every_batch_asks_other_tasks_each_of_them_as_often():
+    from bitfit.bench.contenders import Request
+
+    few = [Request(i, [None] * 8, []).tasks(4) for i in range(2)]
+    assert all(sorted(tasks) == [0, 0, 1, 1, 2, 2, 3, 3] for tasks in few)
+    many = [Request(i, [None] * 8, []).tasks(1000) for i in range(2)]
+    assert all(len(set(tasks)) == 8 for tasks in many)
+    assert many[0] != many[1]

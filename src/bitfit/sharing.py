@@ -119,6 +119,6 @@ def _layer_of(model: nn.Module, site: Site) -> nn.Module | None:
         if inner is None:
             return None
         if isinstance(module, nn.ModuleList) and name == str(site.layer):
-            return inner
+            return inner if isinstance(inner, nn.Module) else None
         module = inner
     return None
