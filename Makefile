@@ -26,8 +26,8 @@ serve: setup  ## the demo's three tasks (trained the first time: minutes) over H
 	test -f bitfit-demo/sentiment.bitfit.safetensors || $(BIN)/bitfit demo --keep bitfit-demo
 	$(BIN)/bitfit serve --tasks bitfit-demo $(SERVE)
 
-test: setup  ## the tests, without network, GPU or long runs
-	$(BIN)/python -m pytest
+test: setup  ## the tests in two processes, without network, GPU or long runs
+	$(BIN)/python -m pytest -n 2
 
 check: setup  ## style, types, direction of the imports
 	$(BIN)/ruff check .
