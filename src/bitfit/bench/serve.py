@@ -58,6 +58,8 @@ class _Times:
     answer: Answer
     seconds: list[float] = field(default_factory=list)
     """Of each batch after the warm-up."""
+    cpu_seconds: list[float] = field(default_factory=list)
+    """The processor's, all threads together: what other processes take is not in it."""
 
 
 def make_plan(
@@ -217,7 +219,7 @@ def _time_all(
         {
             "name": c.name, "title": c.title, "tasks": c.tasks, "takes_text": c.takes_text,
             "note": notes.get(c.name),
-            **(_row(plan, rounds, c, ready[c.name].seconds) if c.name in ready else {}),
+            **(_row(plan, rounds, c, ready) if c.name in ready else {}),
         }
         for c in contenders
     ]  # fmt: skip
@@ -225,27 +227,35 @@ def _time_all(
 
 def _turn(times: _Times, requests: Sequence[Request], turn: int, device: torch.device) -> float:
     """Return the batches a second of one turn."""
-    spent = [
-        timed(lambda request=request: times.answer(request), device)  # type: ignore[misc]
-        for request in requests
-    ]
+    spent, cpu = [], []
+    for request in requests:
+        began = time.process_time()
+        spent.append(timed(lambda request=request: times.answer(request), device))  # type: ignore[misc]
+        cpu.append(time.process_time() - began)
     if turn:
         times.seconds += spent
+        times.cpu_seconds += cpu
     return len(spent) / sum(spent)
 
 
 def _row(
-    plan: ServePlan, rounds: dict[str, list[float]], contender: Contender, seconds: list[float]
+    plan: ServePlan,
+    rounds: dict[str, list[float]],
+    contender: Contender,
+    ready: dict[str, _Times],
 ) -> dict[str, Any]:
     rate = statistics.median(rounds[contender.name])
     tokens = statistics.mean(sum(map(len, r.features)) for r in plan.requests)
     # Of the same round: what slows one slows the other.
     shares = [a / b for a, b in zip(rounds[contender.name], rounds["folded"], strict=True)]
-    p50, p99 = np.percentile(seconds, [50, 99])
+    own, folded = ready[contender.name], ready["folded"]
+    p50, p99 = np.percentile(own.seconds, [50, 99])
+    cpu = [a / b for a, b in zip(folded.cpu_seconds, own.cpu_seconds, strict=True)]
     return {
         "items_per_second": rate * plan.items,
         "tokens_per_second": rate * tokens,
         "ratio_to_folded": statistics.median(shares),
+        "cpu_ratio_to_folded": statistics.median(cpu),
         "p50_ms": float(p50) * 1e3,
         "p99_ms": float(p99) * 1e3,
         "batches_per_second_by_round": rounds[contender.name],

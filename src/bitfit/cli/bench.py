@@ -371,7 +371,7 @@ def _show_serve(report: Mapping[str, Any]) -> None:
     _show_machine(report)
     console.say("")
     console.print_table(
-        ("answered by", ">tasks", ">items/s", ">ratio", ">p50 ms", ">p99 ms"),
+        ("answered by", ">tasks", ">items/s", ">ratio", ">of CPU time", ">p50 ms", ">p99 ms"),
         [_serve_cells(row) for row in report["rows"]],
         title=f"batches of {report['items']} texts of {report['texts']}, "
               f"{report['tokens_per_batch']:.0f} tokens; ratio to one task folded in",
@@ -391,9 +391,10 @@ def _show_serve(report: Mapping[str, Any]) -> None:
 
 def _serve_cells(row: Mapping[str, Any]) -> Sequence[str]:
     if row["note"] is not None:
-        return (row["title"], f"{row['tasks']:,}", row["note"], "", "", "")
+        return (row["title"], f"{row['tasks']:,}", row["note"], "", "", "", "")
     return (
         row["title"], f"{row['tasks']:,}", f"{row['items_per_second']:,.1f}",
-        console.number(row["ratio_to_folded"], 2), f"{row['p50_ms']:,.0f}",
+        console.number(row["ratio_to_folded"], 2),
+        console.number(row["cpu_ratio_to_folded"], 2), f"{row['p50_ms']:,.0f}",
         f"{row['p99_ms']:,.0f}",
     )  # fmt: skip
