@@ -818,7 +818,7 @@ def test_every_command_and_option_has_help() -> None:
         "train", "eval", "predict", "inspect", "diff", "doctor", "tasks", "demo", "bench",
     ]  # fmt: skip
     inner = group.commands["bench"].commands
-    assert list(inner) == ["train", "lanes"]
+    assert list(inner) == ["train", "lanes", "serve"]
     assert group.commands["bench"].help
     single = {name: c for name, c in group.commands.items() if name != "bench"}
     for name, command in (single | {f"bench {name}": c for name, c in inner.items()}).items():

@@ -163,7 +163,13 @@ def serve(
         int, typer.Option(min=1, rich_help_panel=options.TRAINING, help="Texts in a batch.")
     ] = 32,
     rounds: Rounds = 15,
-    storage: options.Storage = "fp32",
+    storage: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=options.MACHINE,
+            help="How biases are kept in memory: fp32, fp16, bf16 or int8.",
+        ),
+    ] = "fp32",
     base: options.Base = "minilm",
     dtype: options.Dtype = "fp32",
     device: options.Device = "auto",
