@@ -815,7 +815,8 @@ def test_tasks_lists_what_is_built_in(run: Run) -> None:
 def test_every_command_and_option_has_help() -> None:
     group: Any = typer.main.get_command(app.app)
     assert list(group.commands) == [
-        "train", "eval", "predict", "inspect", "diff", "doctor", "tasks", "demo", "bench",
+        "train", "eval", "predict", "serve", "inspect", "diff", "doctor", "tasks", "demo", "sweep",
+        "reproduce", "report", "bench",
     ]  # fmt: skip
     inner = group.commands["bench"].commands
     assert list(inner) == ["train", "lanes", "serve"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -86,6 +87,7 @@ def serve(
         bool,
         _option(options.REPORT, "Write the texts of requests into the log.", "--log-texts"),
     ] = False,
+    as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:  # fmt: skip
@@ -138,8 +140,13 @@ def run(given: Mapping[str, Any]) -> None:
         at = config.at(listener.getsockname()[1])
 
         def ready() -> None:
-            count = console.count(len(service.shelf.infos()), "task")
-            console.say(f"{count} on {given['base']} at {at.address}/")
+            tasks = len(service.shelf.infos())
+            if given["as_json"]:
+                console.print_json({"address": at.address, "base": given["base"], "tasks": tasks})
+                sys.stdout.flush()
+            else:
+                count = console.count(tasks, "task")
+                console.say(f"{count} on {given['base']} at {at.address}/")
             for line in _remarks(at, len(keys), given["tasks"]):
                 note(line)
 
