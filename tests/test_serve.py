@@ -461,6 +461,7 @@ def test_uploads_outlast_a_restart_with_their_versions(tmp_path):
         assert (await client.get("/v1/tasks/kept/file")).content == second
         assert (await client.post("/v1/tasks/kept/rollback")).status_code == 200
         assert (await client.get("/v1/tasks/kept/file")).content == first
+        assert (await client.put("/v1/tasks/gone", content=first)).json()["version"] == 2
 
     async def look_again(site, client):
         assert (await client.get("/v1/tasks/kept/file")).content == first

@@ -201,6 +201,25 @@ def test_a_directory_is_followed(place, encoder, tmp_path):
         system.rm("/tasks", recursive=True)
 
 
+def test_a_file_that_is_written_again_as_it_was_undoes_nothing(encoder, tmp_path):
+    shelf, path = Shelf(encoder), tmp_path / f"a{SUFFIX}"
+    make_task(encoder, seed=1).save(path)
+    shelf.sync(tmp_path)
+    newer = shelf.put("a", make_task(encoder, seed=2))
+    os.utime(path, (1, 1))
+    assert shelf.sync(tmp_path) == []
+    assert shelf.info("a").fingerprint == newer.fingerprint
+    shelf.remove("a")
+    os.utime(path, (2, 2))
+    assert shelf.sync(tmp_path) == []
+    make_task(encoder, seed=3).save(path)
+    assert [c.what for c in shelf.sync(tmp_path)] == ["added"]
+    path.unlink()
+    assert [c.what for c in shelf.sync(tmp_path)] == ["removed"]
+    make_task(encoder, seed=3).save(path)
+    assert [c.what for c in shelf.sync(tmp_path)] == ["added"]
+
+
 def test_a_directory_that_cannot_be_read_is_told_and_removes_nothing(encoder, tmp_path):
     shelf = Shelf(encoder)
     folder = tmp_path / "tasks"

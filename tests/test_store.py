@@ -86,8 +86,10 @@ def test_finished_runs_are_taken_over_from_another_experiment(store, tmp_path):
     other = Store(tmp_path / "other")
     other.write(result("01", row="their name"))
     other.write(result("02", state="failed"))
-    assert store.reuse(other, ["01", "02", "03"], {"01": "b_q", "02": "b_q"}) == ["01"]
-    assert store.record("01")["row"] == "b_q"
+    here = {"row": "b_q", "base": "mine", "task": "ours", "train_rows": 5}
+    assert store.reuse(other, ["01", "02", "03"], {"01": here, "02": here}) == ["01"]
+    record = store.record("01")
+    assert {**record, "task": record["task"]["name"]} == {**record, **here}
     assert store.predictions("01") == {"dev": [[0, 1]]}
 
 

@@ -19,7 +19,7 @@ from bitfit.experiments.dry_run import dry_run
 from bitfit.experiments.grid import Row
 from bitfit.experiments.protocol import choose, paper_scores, task_of
 from bitfit.experiments.store import Store
-from bitfit.experiments.sweep import GroupFinished, GroupStarted, Settings, Sweep
+from bitfit.experiments.sweep import GroupFinished, GroupStarted, Settings, Sweep, Waiting
 from bitfit.metrics import compute_metrics
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import references
@@ -195,6 +195,31 @@ def test_a_failed_run_is_recorded_and_does_not_stop_the_others(checkpoint, data,
         Settings(data=data, lanes=4, threads=1, resume=True, retry_failed=True),
     ).run()  # fmt: skip
     assert again.made == len(failed)
+
+
+def test_lanes_are_measured_though_some_runs_cannot_be_made(checkpoint, data, tmp_path):
+    grid = small_grid(checkpoint(), seeds=(0,))
+    bad = Row(name="No such layer", options={"terms": "query@7"}, learning_rate=(1e-3,))
+    summary = Sweep(
+        replace(grid, rows=(bad, grid.rows[1])), tmp_path / "out",
+        Settings(data=data, threads=1, budget_seconds=1000.0),
+    ).run()  # fmt: skip
+    assert [r["row"] for r in summary.failed] == ["No such layer"]
+    assert summary.done > 0
+
+
+def test_groups_that_nothing_here_depends_on_are_not_waited_for(
+    finished, checkpoint, data, tmp_path
+):
+    """Such as those of another base, which another process works on."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    Store(out).claim("foreign", ["of another base"], 1)
+    manifest = out / "work" / "foreign.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"host": "elsewhere"}))
+    events = []
+    small_sweep(checkpoint(), str(data), str(out)).run(events.append, lambda: True)
+    assert not any(isinstance(e, Waiting) for e in events)
 
 
 def test_another_experiment_is_not_written_into_a_directory(finished, checkpoint, data):

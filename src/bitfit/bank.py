@@ -22,7 +22,7 @@ from bitfit.errors import TaskFileError, UnknownTask, UsageError
 from bitfit.rounding import STORAGE_TYPES, StorageType, dequantize, quantize
 from bitfit.terms import Site
 
-NEAR_NAMES = 2000
+NEAR_NAMES = 200
 
 
 @dataclass(frozen=True)

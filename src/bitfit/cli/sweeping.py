@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.progress import Progress
 
 from bitfit.cli import console, options
 from bitfit.encoder import open_encoder
-from bitfit.errors import UsageError
+from bitfit.errors import DataError, UsageError
 from bitfit.experiments.answers import restore_answers
 from bitfit.experiments.cluster import connected
 from bitfit.experiments.dry_run import dry_run as plan_sweep
@@ -79,17 +80,37 @@ def run_grids(
 ) -> None:
     """Run grids one after the other, or show what they would do; then report on each."""
     found = []
+    began = time.monotonic()
     with connected(None if dry_run else given["ray"]):  # once for all grids
         for order in orders:
-            if dry_run:
-                plan = plan_sweep(order.grid, order.directory, order.settings, _tell_cell(given))
-                found.append(plan)
-                if not as_json:
-                    _show_plan(plan)
-            else:
-                found.append(_run(order, given, as_json=as_json))
+            order = _with_time_left(order, time.monotonic() - began)
+            try:
+                if dry_run:
+                    plan = plan_sweep(
+                        order.grid, order.directory, order.settings, _tell_cell(given)
+                    )
+                    found.append(plan)
+                    if not as_json:
+                        _show_plan(plan)
+                else:
+                    found.append(_run(order, given, as_json=as_json))
+            except DataError as error:  # of several grids, one whose data is not there
+                if len(orders) == 1:
+                    raise
+                console.note(f"left out {order.grid.name}: {error}")
+                found.append({"name": order.grid.name, "error": str(error)})
+    if found and all("error" in one for one in found):
+        raise DataError("; ".join(one["error"] for one in found))
     if as_json:
         console.print_json(found[0] if len(found) == 1 else found)
+
+
+def _with_time_left(order: Ordered, seconds: float) -> Ordered:
+    """Return ``order`` with what is left of the budget, which is for all grids together."""
+    budget = order.settings.budget_seconds
+    if budget is None:
+        return order
+    return replace(order, settings=replace(order.settings, budget_seconds=budget - seconds))
 
 
 def _tell_cell(given: Mapping[str, Any]) -> Any:
@@ -135,9 +156,16 @@ def _settings(given: Mapping[str, Any], others: Sequence[Path] = ()) -> Settings
         device=given["device"], threads=given["threads"],
         lanes=options.parse_lanes(given["lanes"]), budget_seconds=parse_budget(given["budget"]),
         resume=given["resume"], retry_failed=given["retry_failed"],
-        reuse=[Path(p) for p in (*(given["reuse"] or ()), *others) if Store(Path(p)).exists],
+        # Others may come to be while those before this one run.
+        reuse=[*map(_experiment, given["reuse"] or ()), *others],
         skip_missing="name" in given and given["tasks"] is None, ray=given["ray"],
     )  # fmt: skip
+
+
+def _experiment(path: Path) -> Path:
+    if not Store(path).exists:
+        raise UsageError(f"--reuse {path}: no experiment is there")
+    return path
 
 
 def _names(text: str) -> list[str]:

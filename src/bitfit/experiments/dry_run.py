@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bitfit.encoder import open_encoder
+from bitfit.errors import BitfitError
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Group
 from bitfit.experiments.grid import Grid
@@ -63,7 +65,8 @@ def dry_run(
             cell["runs"] += 1
             cell["seconds"] += clock.seconds(group)
             cell["bytes"] += _bytes(run, material)
-            cell["tokens_per_second"] = clock.speed([run], 1)
+            with suppress(BitfitError):  # cannot be made: the sweep will record why
+                cell["tokens_per_second"] = clock.speed([run], 1)
     listed = list(cells.values())
     return {
         "name": grid.name, "title": grid.title, "directory": str(directory), "cells": listed,
@@ -99,7 +102,10 @@ def _new_cell(run: Run) -> dict[str, Any]:
 
 def _bytes(run: Run, material: Material) -> int:
     """Return about what a run leaves on disk."""
-    lane = material.lane(run)
+    try:
+        lane = material.lane(run)
+    except BitfitError:  # cannot be made: only its record is kept
+        return _RUN_BYTES
     kept = 4 * (lane.layout.n + lane.head.size) if run.config.method in ROW_METHODS else 0
     predictions = 2 * len(lane.dev.features.items) * run.config.epochs if lane.dev else 0
     return _RUN_BYTES + kept + predictions

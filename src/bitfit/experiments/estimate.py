@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from bitfit.errors import BitfitError
 from bitfit.experiments.execute import Group
 from bitfit.experiments.material import Material
 from bitfit.experiments.runs import Run
@@ -35,7 +36,10 @@ class Clock:
         return sum(self._seconds(run, group.lanes) for run in group.runs)
 
     def _seconds(self, run: Run, lanes: int) -> float:
-        speed = self.speed([run], lanes)
+        try:
+            speed = self.speed([run], lanes)
+        except BitfitError:  # cannot be made, which takes no time
+            return 0.0
         splits = self.material.splits(run)
         train, dev = (sum(len(f) for f in splits[name].features.items) for name in ("train", "dev"))
         evaluated = train + dev * (run.config.epochs + 1)

@@ -175,20 +175,25 @@ class Store:
         """Return where a run's task file is, if it left one."""
         return self.directory / "tasks" / f"{run_id}.bitfit.safetensors"
 
-    def reuse(self, other: Store, run_ids: Iterable[str], row: Mapping[str, str]) -> list[str]:
+    def reuse(
+        self, other: Store, run_ids: Iterable[str], places: Mapping[str, Mapping[str, Any]]
+    ) -> list[str]:
         """Copy finished runs from another experiment; return which were there.
 
         Args:
             other: where to look.
             run_ids: wanted.
-            row: the name of the row that each run belongs to here.
+            places: ``row``, ``base``, ``task`` (its name) and ``train_rows`` of each run here: the
+                other experiment may call the same run otherwise.
         """
         found = []
         for run_id in run_ids:
             path = other.directory / "runs" / f"{run_id}.json"
             if not path.is_file() or _read_json(path)["state"] != "done":
                 continue
-            record = _read_json(path) | {"row": row[run_id]}
+            record = _read_json(path)
+            place = dict(places[run_id])
+            record |= place | {"task": record["task"] | {"name": place["task"]}}
             task_file = other.task_file(run_id)
             self.write(Result(
                 record=record, predictions=other.predictions(run_id),
@@ -234,8 +239,8 @@ class Store:
 
     def let_go(self, group: str) -> None:
         """Leave a group as it stands, to be gone on with by whoever comes."""
-        path = self._manifest(group)
-        if path.is_file():
+        if self.is_claimed_by(group, socket.gethostname(), os.getpid()):
+            path = self._manifest(group)
             _write_json(path, _read_json(path) | {"host": "", "pid": 0})
 
     def scratch(self, group: str) -> Path:

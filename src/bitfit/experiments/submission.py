@@ -10,6 +10,7 @@ class of train.
 from __future__ import annotations
 
 import io
+import math
 import os
 import zipfile
 from collections import Counter
@@ -258,7 +259,7 @@ def best_files(store: Store) -> dict[str, dict[str, Path]]:
         scores = paper_scores(record)
         score = scores.choosing[scores.best]
         mine = best.setdefault(record["base"], {})
-        if name not in mine or score > mine[name][0]:
+        if name not in mine or score > mine[name][0] or math.isnan(mine[name][0]):
             mine[name] = score, path
     return {base: {name: path for name, (_, path) in of.items()} for base, of in best.items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from bitfit.encoder import Encoder, open_encoder
-from bitfit.errors import TrainingInterrupted, UsageError
+from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
 from bitfit.experiments.claimed import Held
 from bitfit.experiments.cluster import RayExecutor, check_address, connected, new_job
 from bitfit.experiments.estimate import Clock
@@ -28,6 +28,7 @@ from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import MOST_LANES, Planner, first_group, make_group
 from bitfit.experiments.runs import Conditions, Run
 from bitfit.experiments.store import Claim, Result, Store
+from bitfit.training.lane import Lane
 from bitfit.training.lane_count import choose_lane_count
 from bitfit.training.settings import ROW_METHODS
 
@@ -221,16 +222,18 @@ class Sweep:
 
     def _prepare(self, planner: Planner) -> None:
         """Copy what other experiments have, and forget failed runs that are to be made again."""
-        runs = {run.id: run.row.name for run in planner.search()}
+        runs = {run.id: _place(run) for run in planner.search()}
         if self.settings.retry_failed:
+            # Those of this grid and base: no one would make the others again.
+            own = runs.keys() | {run.id for run in planner.repeats()}
             for run_id, state in self.store.finished().items():
-                if state == "failed":
+                if state == "failed" and run_id in own:
                     self.store.forget(run_id)
         for directory in self.settings.reuse:
             for _ in range(2):  # the repeats are known when the search is there
                 wanted = runs.keys() - self.store.finished().keys()
                 self.store.reuse(Store(directory), wanted, runs)
-                runs |= {run.id: run.row.name for run in planner.repeats()}
+                runs |= {run.id: _place(run) for run in planner.repeats()}
 
     def _progress(self, planner: Planner) -> tuple[int, int]:
         finished = self.store.finished()
@@ -246,10 +249,12 @@ class Sweep:
         with self.store.lock():
             claims = self.store.claims()
             finished = self.store.finished()
-            for claim in claims:
-                if not claim.is_alive and all(run_id in finished for run_id in claim.runs):
+            # Ours are alive though this machine slept longer than a claim lasts.
+            alive = [c for c in claims if c.is_alive or c.group in held.groups]
+            for claim in (c for c in claims if c not in alive):
+                if all(run_id in finished for run_id in claim.runs):
                     self.store.release(claim.group)  # killed between the last record and this
-                elif not claim.is_alive and (runs := planner.find(claim.runs)) is not None:
+                elif (runs := planner.find(claim.runs)) is not None:
                     if all(map(self.store.is_finished, claim.runs)):  # killed before its release
                         self.store.release(claim.group)
                         continue
@@ -257,9 +262,10 @@ class Sweep:
                     self.store.claim(group.id, claim.runs, claim.lanes)
                     held.add(group)
                     return group, []
-            alive = [claim for claim in claims if claim.is_alive]
             taken = [run_id for claim in alive for run_id in claim.runs]
-            others = [claim for claim in alive if claim.group not in held.groups]
+            # Nothing here depends on groups of another base, or of rows that this grid lacks.
+            own = {run.id for run in (*planner.search(), *planner.repeats())}
+            others = [c for c in alive if c.group not in held.groups and own & {*c.runs}]
             while True:
                 stages = planner.waiting([*taken, *left_out])
                 runs = stages[0] or stages[1]
@@ -281,9 +287,15 @@ class Sweep:
         experiment = self.store.experiment()  # another process may have measured it
         lanes: dict[str, int] = experiment["conditions"]["lanes"]
         if key not in lanes:
-            tried = [material.lane(run) for run in runs[:MOST_LANES]]
+            tried: list[Lane] = []
+            for run in runs[:MOST_LANES]:
+                with suppress(BitfitError):  # cannot be made: its record will say why
+                    tried.append(material.lane(run))
+                    last = run
+            if not tried:
+                return 1
             # Fewer are waiting than could be: measure with copies of the last.
-            tried += [material.lane(runs[-1]) for _ in range(MOST_LANES - len(tried))]
+            tried += [material.lane(last) for _ in range(MOST_LANES - len(tried))]
             lanes[key] = choose_lane_count(material.encoder, tried, MOST_LANES)
             self.store.write_experiment(experiment)
         return lanes[key]
@@ -315,6 +327,13 @@ class Sweep:
         clock.learn(group, tokens, outcome.seconds)
         self.summary.made += len(results)
         tell(GroupFinished(group, results))
+
+
+def _place(run: Run) -> dict[str, Any]:
+    """Return where a run stands in its experiment: what its id does not depend on."""
+    return {
+        "row": run.row.name, "base": run.base, "task": run.task.name, "train_rows": run.train_rows,
+    }  # fmt: skip
 
 
 def _described(

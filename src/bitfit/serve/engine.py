@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitfit.batches import Feature, make_features
-from bitfit.errors import BitfitError, UsageError
+from bitfit.errors import BitfitError, UnknownTask, UsageError
 from bitfit.held import FittingTask
 from bitfit.inference import DEFAULT_MAX_TOKENS, Logits
 from bitfit.model import as_example
@@ -113,6 +113,9 @@ class Engine:
         """Return the lease that all items of one call have in common, one for each task."""
         if name not in leases:
             try:
+                if name not in self.shelf and any(_is_unknown(kept) for kept in leases.values()):
+                    # The nearest name is looked for once: in a long list it takes long.
+                    raise UnknownTask(f"unknown task {name!r:.120}.")
                 leases[name] = self.shelf.lease(name)
             except BitfitError as error:
                 leases[name] = error
@@ -168,6 +171,10 @@ class Engine:
         finally:
             for each in ready:
                 each.lease.release()
+
+
+def _is_unknown(found: Lease | BitfitError) -> bool:
+    return isinstance(found, UnknownTask)
 
 
 def _example(task: Task, item: Item) -> Example:

@@ -167,8 +167,8 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _whole(seconds: float) -> int | None:
-    return max(1, round(seconds)) if seconds else None
+def _whole(seconds: float) -> int:
+    return max(1, round(seconds)) if seconds else 0  # None would wait for ever
 
 
 def _check_folder(folder: Path) -> None:

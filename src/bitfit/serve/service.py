@@ -361,6 +361,7 @@ class Service:
         """Make of a task what the list of uploads says; its version before can come back too."""
         assert self.uploads is not None
         if not entry.files:
+            self.shelf.begin_after(name, entry.version)
             with suppress(UnknownTask):
                 self.shelf.remove(name)
             return

@@ -198,6 +198,7 @@ class Shelf:
         self._created = 0
         self._syncing = threading.Lock()
         self._seen: dict[str, dict[str, object]] = {}  # directory -> path -> sign of its state
+        self._seals: dict[str, str] = {}  # path -> of the file that a look last put
         self._resident: dict[str, _Version] = {}  # those that may be dropped, last used last
 
     def __len__(self) -> int:
@@ -272,6 +273,11 @@ class Shelf:
             self._retire(self._find(name))
             del self._current[name]
 
+    def begin_after(self, name: str, version: int) -> None:
+        """Let the next version of a task, which may not be there yet, be above ``version``."""
+        with self._lock:
+            self._numbers[name] = max(self._numbers.get(name, 0), version)
+
     def _add(
         self, name: str, file: TaskFile, fitting: FittingTask, source: str | None, pinned: bool,
         before: _Before | None,
@@ -302,8 +308,8 @@ class Shelf:
         """Look once at a directory of task files, and return what was done.
 
         A task is called as its file is, less ``.bitfit.safetensors``. What is there for the first
-        time or was written again is put; what is gone is removed, unless it was put from elsewhere
-        since. Files that are refused are reported once, and the version before stays.
+        time or is another file now is put; what is gone is removed, unless it was put from
+        elsewhere since. Files that are refused are reported once, and the version before stays.
 
         Args:
             directory: a folder, or a URL of any file system that fsspec knows.
@@ -332,12 +338,13 @@ class Shelf:
             return Change("refused", name, path, f"{path}: {what}")
         try:
             file = read_source(path)
+            if self._seals.get(path) == file.seal:
+                return None  # the same as before: what was put or removed since stands
             with self._lock:
                 old = self._current.get(name)
-                if old is not None and (old.fitting.seal, old.source) == (file.seal, path):
-                    return None
             pinned = old is not None and old.pinned
             info = self.put(name, file, source=path, pinned=pinned)
+            self._seals[path] = file.seal
         except BitfitError as error:
             return Change("refused", name, path, str(error))
         return Change("added" if old is None else "changed", name, path, "", info)
@@ -347,6 +354,7 @@ class Shelf:
             found = [v.name for v in self._current.values() if v.source == path]
             for name in found:
                 self.remove(name)
+                self._seals.pop(path, None)
         return [Change("removed", name, path) for name in found]
 
     # ------------------------------------------------------------------ looking
@@ -446,6 +454,7 @@ class Shelf:
         key = f"{version.name}@{version.created}"
         version.held = self.tasks.hold(key, version.fitting, bias)
         if version.source is not None and not version.pinned:
+            self._resident.pop(version.name, None)  # to the end: the last used
             self._resident[version.name] = version
         return version.held
 

@@ -90,7 +90,7 @@ class ErrorOut(BaseModel):
                 {
                     "error": {
                         "code": "unknown_task",
-                        "message": "there is no task 'intnt'. Did you mean 'intent'?",
+                        "message": "unknown task 'intnt'. Did you mean 'intent'?",
                     }
                 }
             ]
@@ -146,7 +146,7 @@ class PredictOut(BaseModel):
                         {
                             "id": "b",
                             "task": "mood",
-                            "error": {"code": "unknown_task", "message": "there is no task 'mood'"},
+                            "error": {"code": "unknown_task", "message": "unknown task 'mood'"},
                         },
                     ],
                     "ms": 12.3,
