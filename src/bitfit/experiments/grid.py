@@ -107,6 +107,9 @@ class Grid:
                 raise UsageError(f"{what} is empty: expected at least one")
             if len(set(values)) < len(values):
                 raise UsageError(f"{what} has an entry twice: {', '.join(map(str, values))}")
+        for row in self.rows:
+            ok = len(set(row.learning_rate)) == len(row.learning_rate)
+            _check(ok, f"row {row.name!r}: learning_rate", list(row.learning_rate), "each once")
         for seed in self.seeds:
             _check(isinstance(seed, int) and seed >= 0, "seeds", seed, "whole numbers from 0")
         for size in (*self.train_rows, *(t.limit for t in self.tasks if t.limit is not None)):

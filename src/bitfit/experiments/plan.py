@@ -51,13 +51,17 @@ class Planner:
         self._refuse_twins()
 
     def _refuse_twins(self) -> None:
-        rows: dict[str, str] = {}
+        """Refuse two rows, or two tasks, whose runs are the same: one of them would stay empty."""
+        seen: dict[str, Run] = {}
         for run in self.search():
-            other = rows.setdefault(run.id, run.row.name)
-            if other != run.row.name:
-                raise UsageError(
-                    f"rows {other!r} and {run.row.name!r} ask for the same runs: leave one out"
-                )
+            other = seen.setdefault(run.id, run)
+            for what, one, two in (
+                ("rows", other.row, run.row), ("tasks", other.task, run.task),
+            ):  # fmt: skip
+                if one.name != two.name:
+                    raise UsageError(
+                        f"{what} {one.name!r} and {two.name!r} ask for the same runs: leave one out"
+                    )
 
     def search(self) -> list[Run]:
         """Return the runs over all rates, the most telling first.

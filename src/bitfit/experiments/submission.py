@@ -165,6 +165,8 @@ def _found_splits(builtin: BuiltinTask, data: str | Path) -> dict[str, tuple[Pat
 
 def _check_ids(examples: Sequence[TextExample], where: str) -> None:
     """Refuse two rows of one id: the server would take one answer for both."""
+    if not examples:
+        raise DataError(f"{where}: no rows; fetch the file again")
     [[most, count]] = Counter(
         example.id or str(i) for i, example in enumerate(examples)
     ).most_common(1)

@@ -255,9 +255,6 @@ class Sweep:
                 if all(run_id in finished for run_id in claim.runs):
                     self.store.release(claim.group)  # killed between the last record and this
                 elif (runs := planner.find(claim.runs)) is not None:
-                    if all(map(self.store.is_finished, claim.runs)):  # killed before its release
-                        self.store.release(claim.group)
-                        continue
                     group = make_group(runs, claim.lanes)
                     self.store.claim(group.id, claim.runs, claim.lanes)
                     held.add(group)

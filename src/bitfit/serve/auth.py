@@ -24,6 +24,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 VARIABLE = "BITFIT_API_KEYS"
 SHORTEST = 16
 MAX_KEYS_BYTES = 1 << 20
+# At the beginning of a line or after a blank: a key may have one inside.
+_COMMENT = re.compile(r"(^|\s)#.*")
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})")
 
 
@@ -56,7 +58,7 @@ class Keys:
         """
         found: dict[bytes, Role] = {}
         for number, line in enumerate(text.splitlines(), 1):
-            for entry in re.split(r"[\s,]+", line.partition("#")[0].strip()):
+            for entry in re.split(r"[\s,]+", _COMMENT.sub("", line).strip()):
                 if entry:
                     digest, role = _parse_entry(entry, f"{source}:{number}")
                     found[digest] = role

@@ -44,14 +44,20 @@ class Bodies:
                     if len(data) + len(chunk) > taken:  # no length was given
                         taken += self._take(len(data) + len(chunk) - taken)
                     data += chunk
-            yield bytes(data)
         except ClientDisconnect:
+            self.held -= taken
             raise RequestFailed(499, "the client went away", code="client_gone") from None
         except TimeoutError:
+            self.held -= taken
             raise RequestFailed(
                 408, f"the body did not come within {self._seconds:g} s",
                 headers={"Connection": "close"},
             ) from None  # fmt: skip
+        except BaseException:
+            self.held -= taken
+            raise
+        try:  # apart from the above: what times out in here is no body that did not come
+            yield bytes(data)
         finally:
             self.held -= taken
 
