@@ -70,8 +70,8 @@ def run_group(
             failed[run.id] = str(error)
     results = {}
     if lanes:
-        work = _Work(group, material, store, conditions, lanes)
         try:
+            work = _Work(group, material, store, conditions, lanes)
             results = work.done(on_event, should_stop)
         except TrainingInterrupted:
             raise

@@ -151,6 +151,7 @@ class Sweep:
             lanes = {} if before is None else before["conditions"]["lanes"]
             self.store.write_experiment(_described(grid, settings, self.conditions, lanes, before))
         torch.set_num_threads(self.conditions.threads)
+        self._taken_over: set[str] = set()
         self._began = time.perf_counter()
 
     def run(
@@ -256,6 +257,7 @@ class Sweep:
                     self.store.release(claim.group)  # killed between the last record and this
                 elif (runs := planner.find(claim.runs)) is not None:
                     group = make_group(runs, claim.lanes)
+                    self._taken_over.add(group.id)
                     self.store.claim(group.id, claim.runs, claim.lanes)
                     held.add(group)
                     return group, []
@@ -320,8 +322,9 @@ class Sweep:
         for result in results:
             self.store.write(result)
         held.release(group)
-        tokens = sum(r.record["cost"]["tokens"] for r in results if "cost" in r.record)
-        clock.learn(group, tokens, outcome.seconds)
+        if group.id not in self._taken_over:  # of those only the rest was made now
+            tokens = sum(r.record["cost"]["tokens"] for r in results if "cost" in r.record)
+            clock.learn(group, tokens, outcome.seconds)
         self.summary.made += len(results)
         tell(GroupFinished(group, results))
 
