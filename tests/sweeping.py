@@ -54,15 +54,15 @@ def small_grid(base: str, **changes: object) -> Grid:
 
 
 def small_sweep(base: str, data: str, out: str, **settings: object) -> Sweep:
-    """A sweep of it that saves the state after every step."""
+    """A sweep of it."""
     torch.set_num_threads(1)
-    train.CHECKPOINT_SECONDS = train.CHECKPOINT_PAUSE = 0.0
     options = {"lanes": 2, "threads": 1, "resume": True} | settings
     return Sweep(small_grid(base), Path(out), Settings(data=Path(data), **options))
 
 
 def run_small(base: str, data: str, out: str, **settings: object) -> None:
-    """Run it to its end; in a process of its own."""
+    """Run it to its end, saving the state after every step; in a process of its own."""
+    train.CHECKPOINT_SECONDS = train.CHECKPOINT_PAUSE = 0.0
     small_sweep(base, data, out, **settings).run()
 
 

@@ -46,7 +46,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(
     moments = random.Random(0)
     kills = resumed_midway = 0
     for attempt in range(3 * KILLS):
-        if kills == KILLS:
+        if kills >= KILLS and resumed_midway >= KILLS // 4:
             break
         out = tmp_path / f"run{attempt}"
         process = start(out)
@@ -59,5 +59,5 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(
         resumed_midway += (tmp_path / f"run{attempt}.checkpoint").exists()
         assert finish(out) == expected
         assert not (tmp_path / f"run{attempt}.checkpoint").exists()
-    assert kills == KILLS
+    assert kills >= KILLS
     assert resumed_midway >= KILLS // 4  # else the kills hit nothing worth resuming
