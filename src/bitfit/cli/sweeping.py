@@ -268,17 +268,19 @@ class Watch:
     def _finished(self, event: GroupFinished) -> None:
         self.done += len(event.results)
         self._count()
+        # Where the two protocols choose two rates, there are more runs than were counted on.
+        place = f"{self.done}/{max(self.total, self.done)}"
         for result in event.results:
             record = result.record
             name = f"{record['row']} on {record['task']['name']}"
             rate, seed = record["config"]["learning_rate"], record["config"]["seed"]
             if record["state"] == "failed":
-                self._say(f"[{self.done}/{self.total}] {name}: failed: {record['error']}")
+                self._say(f"[{place}] {name}: failed: {record['error']}")
                 continue
             score = console.number(record["scores"].get(record["metric"]))
             size = "" if record["train_rows"] is None else f", {record['train_rows']:,} rows"
             self._say(
-                f"[{self.done}/{self.total}] {name}{size}, rate {rate:g}, seed {seed}: "
+                f"[{place}] {name}{size}, rate {rate:g}, seed {seed}: "
                 f"{record['metric']} {score}, {console.duration(record['cost']['seconds'])}"
             )
 

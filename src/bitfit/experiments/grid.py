@@ -144,6 +144,13 @@ class Grid:
         except (UsageError, TypeError) as error:  # a word where a number is compared
             raise UsageError(f"row {row.name!r}: {error}") from error
 
+    def data_seed(self, seed: int) -> int:
+        """Return the seed of the choice of training rows for a run of ``seed``.
+
+        Of a learning curve each seed draws its own rows: the spread is to show that too.
+        """
+        return seed if self.train_rows else 0
+
     def replace(self, **changes: Any) -> Grid:
         """Return a copy with those ``changes`` that are not None."""
         given = {key: value for key, value in changes.items() if value is not None}

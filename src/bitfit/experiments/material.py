@@ -70,7 +70,7 @@ class Sources:
         for task in grid.tasks:
             try:
                 for size in grid.train_rows or (task.limit,):
-                    self.read(task, size, grid.seeds[0])
+                    self.read(task, size, grid.data_seed(grid.seeds[0]))
                 tasks.append(task)
             except BitfitError as error:
                 missing.append(f"{task.name}: {error}")

@@ -119,8 +119,7 @@ class Planner:
     def _run(self, cell: CellPlan, rate: float, seed: int) -> Run:
         key = cell.row.name, cell.task.name, cell.train_rows, rate, seed
         if key not in self._runs:
-            # Of a learning curve each seed draws its own rows: the spread is to show that too.
-            data_seed = seed if self.grid.train_rows else 0
+            data_seed = self.grid.data_seed(seed)
             config = self.grid.config(cell.row, cell.task, rate, seed)
             length = self.material.encoder.clamp_length(config.max_length)
             self._runs[key] = Run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Run:
     facts: tuple[tuple[str, str], ...]
     """Hashes of base, tokenizer and data, and the precision: the rest of what it depends on."""
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The first 16 hexadecimal digits of the SHA-256 of all that the run depends on."""
         # Without what is None: an option that a later version adds leaves the ids as they are.

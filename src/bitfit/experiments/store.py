@@ -122,7 +122,13 @@ class Store:
 
     def finished(self) -> dict[str, str]:
         """Return the state, ``done`` or ``failed``, of each run by its id."""
-        return {p.stem: _read_json(p)["state"] for p in self._files("runs", ".json")}
+        found = {}
+        for path in self._files("runs", ".json"):
+            # A record changes only by `forget`, and it is asked for at every claim.
+            if path.stem not in self._states:
+                self._states[path.stem] = _read_json(path)["state"]
+            found[path.stem] = self._states[path.stem]
+        return found
 
     def is_finished(self, run_id: str) -> bool:
         """Whether a run has a record, of success or failure."""
@@ -156,6 +162,7 @@ class Store:
     def forget(self, run_id: str) -> None:
         """Remove a record, so that the run is made again."""
         (self.directory / "runs" / f"{run_id}.json").unlink(missing_ok=True)
+        self._states.pop(run_id, None)
 
     def predictions(self, run_id: str) -> dict[str, Any] | None:
         """Return a run's predictions of dev, epoch by epoch; None where they are not kept here."""
@@ -256,6 +263,10 @@ class Store:
         return _read_packed(self.scratch(group) / f"{run_id}-{epoch}.json.gz")
 
     # ------------------------------------------------------------------ places
+
+    @cached_property
+    def _states(self) -> dict[str, str]:
+        return {}
 
     @cached_property
     def _answers(self) -> dict[Path, list[Any] | None]:
