@@ -19,6 +19,7 @@ import bitfit
 from bitfit import DataConfig, cli
 from bitfit.cli import app, console, options, training
 from bitfit.errors import BaseModelError
+from bitfit.jsonable import jsonable
 from bitfit.training.finetune import RunStarted
 
 GOOD, BAD = "good nice fast", "bad broken late slow"
@@ -901,7 +902,7 @@ def test_numbers_a_reader_can_read() -> None:
     assert console.duration(4.25) == "4.2 s"
     assert console.duration(200) == "3 min 20 s"
     assert console.duration(7500) == "2 h 5 min"
-    assert console.finite({"a": [float("nan"), 1.0], "b": (float("inf"),)}) == {
+    assert jsonable({"a": [float("nan"), 1.0], "b": (float("inf"),)}) == {
         "a": [None, 1.0], "b": [None],
     }  # fmt: skip
 

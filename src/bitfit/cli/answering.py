@@ -27,6 +27,7 @@ from bitfit.experiments.submission import (
     server_files,
     write_submission,
 )
+from bitfit.jsonable import jsonable
 from bitfit.model import Model, Prediction
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import TextExample
@@ -277,8 +278,7 @@ def _line(example: TextExample, answers: Sequence[Prediction], style: str) -> st
         source = {"text": example.text, "text_pair": example.text_pair, "id": example.id}
         known = {key: value for key, value in source.items() if value is not None}
         lines = [
-            json.dumps(console.finite(known | answer.to_json()), ensure_ascii=False)
-            for answer in answers
+            json.dumps(jsonable(known | answer.to_json()), ensure_ascii=False) for answer in answers
         ]
         return "".join(f"{line}\n" for line in lines)
     text = " | ".join(" ".join(t.split()) for t in (example.text, example.text_pair or "") if t)

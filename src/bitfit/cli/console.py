@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitfit.errors import BitfitError
+from bitfit.jsonable import jsonable
 
 
 @dataclass
@@ -109,18 +110,9 @@ def say(message: str, style: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """Print ``value`` on standard output as one line of JSON; what is not finite is null."""
-    line = json.dumps(finite(value), allow_nan=False, ensure_ascii=False) + "\n"
+    line = json.dumps(jsonable(value), allow_nan=False, ensure_ascii=False) + "\n"
     with to_output():
         sys.stdout.write(line)
-
-
-def finite(value: Any) -> Any:
-    """Return ``value`` with None in place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(

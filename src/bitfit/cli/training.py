@@ -18,6 +18,7 @@ from bitfit.data import DataConfig, Dataset
 from bitfit.data.files import project_name
 from bitfit.doctor import count_parameters
 from bitfit.errors import BitfitError, MissingExtra
+from bitfit.jsonable import jsonable
 from bitfit.training.finetune import DataRead, Event, RunStarted, finetune
 from bitfit.training.lane import Lane
 from bitfit.training.outputs import MIN_CALIBRATION_ROWS, Outcome
@@ -230,7 +231,7 @@ class Watch:
                 "scores": event.scores, "is_best": event.is_best, "stopped": event.stopped,
                 "seconds": time.perf_counter() - self.began,
             }  # fmt: skip
-            self.log.write(json.dumps(console.finite(line), allow_nan=False) + "\n")
+            self.log.write(json.dumps(jsonable(line), allow_nan=False) + "\n")
             self.log.flush()
         if self.boards:
             board = self.boards[lane.label]

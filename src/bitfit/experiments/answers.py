@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from bitfit.errors import BitfitError
 from bitfit.experiments.grid import GridTask
 from bitfit.experiments.runs import data_config
 from bitfit.experiments.store import Store
+from bitfit.jsonable import jsonable
 from bitfit.tasks import references
 
 
@@ -40,15 +40,10 @@ def restore_answers(store: Store, data: Path) -> list[str]:
         if dataset_hash(examples) != digest:
             problems.append(f"{name}: the dev rows in {data} are not those of the experiment")
             continue
-        store.write_answers(record, list(_plain(references(examples))))
+        store.write_answers(record, jsonable(references(examples)))
     return problems
 
 
 def _dev_rows(task: GridTask, data: Path, record: dict[str, Any]) -> Any:
     config = data_config(task, data, record["train_rows"], record["data"]["seed"])
     return read_dataset(config, with_test=False).splits["dev"]
-
-
-def _plain(values: Any) -> Iterator[Any]:
-    for value in values:
-        yield list(_plain(value)) if isinstance(value, (list, tuple)) else value

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Sequence
-
-import torch
 
 from bitfit.errors import BitfitError
 from bitfit.experiments.execute import Group
 from bitfit.experiments.material import Material
 from bitfit.experiments.runs import Run
-from bitfit.training.lane import Progress
-from bitfit.training.methods import make_method
-from bitfit.training.train import Trainer
+from bitfit.training.lane_count import training_speed
 
-_STEPS = 3
 # Evaluating is a forward pass without dropout on sorted batches: about so many times as fast.
 _EVALUATION_GAIN = 3.0
 
@@ -49,7 +42,8 @@ class Clock:
         """Return the tokens per second of a kind of runs, measured once."""
         kind = _kind(runs[0], lanes)
         if kind not in self.speeds:
-            self.speeds[kind] = measure_speed(self.material, [runs[0]] * lanes)
+            side_by_side = [self.material.lane(runs[0])] * lanes
+            self.speeds[kind] = training_speed(self.material.encoder, side_by_side)
         return self.speeds[kind]
 
     def learn(self, group: Group, tokens: int, seconds: float) -> None:
@@ -57,27 +51,6 @@ class Clock:
         kinds = {_kind(run, group.lanes) for run in group.runs}
         if len(kinds) == 1 and tokens and seconds > 0:
             self.speeds[kinds.pop()] = tokens / seconds
-
-
-def measure_speed(material: Material, runs: Sequence[Run]) -> float:
-    """Return the tokens per second of a few steps of ``runs`` side by side."""
-    lanes = [copy.copy(material.lane(run)) for run in runs]
-    for lane in lanes:
-        lane.progress = Progress()
-    encoder = material.encoder
-    method = make_method(encoder, lanes, len(lanes))
-    method.install()
-    try:
-        steps = Trainer(encoder=encoder, method=method, lanes=lanes).steps_only()
-        next(steps)
-        began, tokens = time.perf_counter(), 0
-        for _ in range(_STEPS):
-            tokens += next(steps).tokens
-        if encoder.device.type == "cuda":
-            torch.cuda.synchronize(encoder.device)
-        return tokens / (time.perf_counter() - began)
-    finally:
-        method.uninstall()
 
 
 def _kind(run: Run, lanes: int) -> Kind:

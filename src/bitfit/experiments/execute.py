@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from bitfit.experiments.material import Material
 from bitfit.experiments.runs import Conditions, Run, command_of, data_config
 from bitfit.experiments.store import Result, Store
 from bitfit.heads import read_predictions
+from bitfit.jsonable import jsonable
 from bitfit.metrics import majority_score
 from bitfit.tasks import references
 from bitfit.training.finetune import data_source
@@ -205,8 +205,8 @@ class _Work:
         ]
         predictions = {"dev": [e["dev"] for e in kept if e]} if all(kept) else None
         return Result(
-            record=_json(record), predictions=predictions,
-            answers=_json(references(dev.examples)), task_file=data,
+            record=jsonable(record), predictions=predictions,
+            answers=jsonable(references(dev.examples)), task_file=data,
         )  # fmt: skip
 
     def _data_source(self, run: Run) -> dict[str, Any]:
@@ -235,7 +235,7 @@ class _Work:
 
 
 def _predictions(lane: Lane, split: Split, logits: Sequence[Any]) -> Any:
-    return _json(read_predictions(lane.task, split.examples, split.features.items, logits))
+    return jsonable(read_predictions(lane.task, split.examples, split.features.items, logits))
 
 
 def _about(run: Run, material: Material, conditions: Conditions) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _about(run: Run, material: Material, conditions: Conditions) -> dict[str, An
 
 
 def _failed(run: Run, material: Material, conditions: Conditions, error: str) -> dict[str, Any]:
-    found: dict[str, Any] = _json(
+    found: dict[str, Any] = jsonable(
         _about(run, material, conditions) | {"state": "failed", "error": error}
     )
     return found
@@ -285,14 +285,3 @@ def _mismatched(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
     end = "_mismatched"
     found = {k.removesuffix(end): v for k, v in scores.items() if k.endswith(end)}
     return {"dev_mismatched": found} if found else {}
-
-
-def _json(value: Any) -> Any:
-    """Return ``value`` as JSON has it: lists for tuples, None for what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _json(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

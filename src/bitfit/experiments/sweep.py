@@ -28,6 +28,7 @@ from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import MOST_LANES, Planner, first_group, make_group
 from bitfit.experiments.runs import Conditions, Run
 from bitfit.experiments.store import Claim, Result, Store
+from bitfit.jsonable import jsonable
 from bitfit.training.lane import Lane
 from bitfit.training.lane_count import choose_lane_count
 from bitfit.training.settings import ROW_METHODS
@@ -419,8 +420,7 @@ def _check_joins(grid: Grid, before: dict[str, Any], directory: Path, settings: 
             f"{directory} holds the experiment {before['name']!r}: --resume goes on with it, or "
             "take another --out"
         )
-    # Through JSON's shapes, lists for tuples, so that equal is equal.
-    now, then = _plain(grid.to_json()), _plain(before["grid"])
+    now, then = jsonable(grid.to_json()), before["grid"]
     for key in ("name", "recipe", "epochs", "search", "options", "train_rows"):
         if now[key] != then[key]:
             raise UsageError(
@@ -435,12 +435,6 @@ def _check_joins(grid: Grid, before: dict[str, Any], directory: Path, settings: 
                     f"{directory}: {entry['name']!r} was begun with other settings: "
                     f"{known[entry['name']]}; take another --out"
                 )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _pause(should_stop: Callable[[], bool] | None) -> None:

@@ -77,26 +77,33 @@ def measure_lane_counts(
     while count <= min(most, len(lanes)):
         if activation_bytes(encoder, lanes[:count]) > _MEMORY_SHARE * free:
             return
-        yield LaneRate(count, _speed(encoder, lanes[:count], processes))
+        yield LaneRate(count, training_speed(encoder, lanes[:count], processes))
         count *= 2
 
 
-def _speed(encoder: Encoder, lanes: Sequence[Lane], processes: Processes) -> float:
-    """Real tokens per second, the best of some steps after one that warms up."""
+def training_speed(encoder: Encoder, lanes: Sequence[Lane], processes: Processes = ALONE) -> float:
+    """Return real tokens per second of ``lanes`` side by side, the best of some steps.
+
+    One more step warms up. Nothing is changed: copies of the runs take the steps.
+    """
     trials = [copy.copy(lane) for lane in lanes]
     for trial in trials:
         trial.progress = Progress()
     method = make_method(encoder, trials, len(trials))
     trainer = Trainer(encoder=encoder, method=method, lanes=trials, processes=processes)
-    steps = trainer.steps_only()
-    rates = []
-    for _ in range(1 + _TIMED_STEPS):
-        began = time.perf_counter()
-        tokens = next(steps).tokens
-        if encoder.device.type == "cuda":
-            torch.cuda.synchronize(encoder.device)
-        rates.append(tokens / (time.perf_counter() - began))
-    return max(rates[1:])
+    method.install()
+    try:
+        steps = trainer.steps_only()
+        rates = []
+        for _ in range(1 + _TIMED_STEPS):
+            began = time.perf_counter()
+            tokens = next(steps).tokens
+            if encoder.device.type == "cuda":
+                torch.cuda.synchronize(encoder.device)
+            rates.append(tokens / (time.perf_counter() - began))
+        return max(rates[1:])
+    finally:
+        method.uninstall()
 
 
 def activation_bytes(encoder: Encoder, lanes: Sequence[Lane]) -> int:
