@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from bitfit.terms import SYMBOLS
+
 PAGE = Path(__file__).resolve().parents[1] / "src" / "bitfit" / "serve" / "page"
 POLICY = (
     "default-src 'self'; style-src 'self'; script-src 'self'; object-src 'none'; "
@@ -27,16 +29,6 @@ TYPES = {
     ".css": "text/css",
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
-}
-SYMBOLS = {
-    "query": "b_q",
-    "key": "b_k",
-    "value": "b_v",
-    "attention_output": "b_m1",
-    "attention_layernorm": "b_LN1",
-    "intermediate": "b_m2",
-    "output": "b_m3",
-    "output_layernorm": "b_LN2",
 }
 HOSTILE = (
     "<img src=x onerror=\"window.broken='img'\">",

@@ -18,7 +18,7 @@ import typer
 import bitfit
 from bitfit import DataConfig, cli
 from bitfit.cli import app, console, options, training
-from bitfit.errors import BaseModelError
+from bitfit.errors import BaseModelError, UsageError
 from bitfit.jsonable import jsonable
 from bitfit.training.finetune import RunStarted
 
@@ -1167,3 +1167,29 @@ def test_a_broken_row_in_a_glue_test_file_is_no_silent_gap(
     assert code == 1
     assert "test.tsv:3" in err
     assert "every row" in err
+
+
+def test_reproduce_all_takes_of_the_options_what_each_experiment_has(tmp_path: Path) -> None:
+    from bitfit.cli import sweeping
+
+    given: dict[str, Any] = dict.fromkeys(
+        ["bases", "recipe", "epochs", "seeds", "budget", "reuse", "threads", "ray"]
+    )
+    given |= {
+        "name": "all", "out": tmp_path, "data": tmp_path, "tasks": "squad,rte",
+        "rows": "BitFit,b_q",
+        "limit": "rte=100,50", "dtype": "auto", "device": "auto", "lanes": "auto", "resume": False,
+        "retry_failed": False,
+    }  # fmt: skip
+    orders = sweeping.paper_grids(given)
+    names = [order.grid.name for order in orders]
+    assert names[0] == "table3"  # the most telling first
+    assert "pos" not in names  # it has none of the tasks
+    table3 = orders[0].grid
+    assert [row.name for row in table3.rows] == ["BitFit", "b_q"]
+    assert [(task.name, task.limit) for task in table3.tasks] == [("rte", 100)]
+    (squad,) = orders[names.index("figure2")].grid.tasks
+    assert (squad.name, squad.limit) == ("squad", 50)
+    assert orders[0].settings.reuse == [tmp_path / name for name in names[1:]]
+    with pytest.raises(UsageError, match="no experiment has these"):
+        sweeping.paper_grids(given | {"rows": "nothing"})

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import make_task
 
-from bitfit.errors import TaskFileError, UnknownTask, UsageError, WrongBase
+from bitfit.errors import TaskFileError, UnknownTask, UnreadableTaskFile, UsageError, WrongBase
+from bitfit.serve import shelf as shelf_module
 from bitfit.serve.shelf import FINGERPRINT, Shelf
 from bitfit.serve.sources import SUFFIX
 
@@ -231,6 +232,24 @@ def test_a_directory_that_cannot_be_read_is_told_and_removes_nothing(encoder, tm
     assert [c.what for c in shelf.sync(folder)] == ["refused"]
     assert [c.what for c in shelf.sync("nothing://there")] == ["refused"]
     assert "a" in shelf
+
+
+def test_a_file_that_cannot_be_read_now_is_tried_again_and_told_once(
+    encoder, tmp_path, monkeypatch
+):
+    shelf, path = Shelf(encoder), tmp_path / f"a{SUFFIX}"
+    make_task(encoder).save(path)
+    read = shelf_module.read_source
+
+    def fails(source):
+        raise UnreadableTaskFile(f"{source}: cannot be read: Stale file handle")
+
+    monkeypatch.setattr(shelf_module, "read_source", fails)
+    assert [c.what for c in shelf.sync(tmp_path)] == ["refused"]
+    assert shelf.sync(tmp_path) == []
+    monkeypatch.setattr(shelf_module, "read_source", read)
+    assert [c.what for c in shelf.sync(tmp_path)] == ["added"]
+    assert shelf.sync(tmp_path) == []
 
 
 def test_many_threads_find_whole_rows_only(encoder, tmp_path):

@@ -11,6 +11,7 @@
     ├── BaseModelError           a base model that cannot be found, read or used
     │   └── NoBiases             a base without a single bias to tune
     ├── TaskFileError            a task file that is refused
+    │   ├── UnreadableTaskFile   its bytes cannot be had: not there, no permission, no connection
     │   ├── CorruptTaskFile      truncated, altered, oversized, or not a task file at all
     │   ├── UnsupportedFormat    written in a format newer than this version reads
     │   ├── WrongBase            made for another base model
@@ -63,6 +64,10 @@ class NoBiases(BaseModelError):
 
 class TaskFileError(BitfitError):
     """A task file that is refused; the message says what differs."""
+
+
+class UnreadableTaskFile(TaskFileError):
+    """A task file whose bytes cannot be had, perhaps only now."""
 
 
 class CorruptTaskFile(TaskFileError):

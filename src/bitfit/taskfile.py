@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from bitfit.bank import parse_layout
-from bitfit.errors import CorruptTaskFile, TaskFileError, UnsupportedFormat, UsageError
+from bitfit.errors import (
+    CorruptTaskFile,
+    TaskFileError,
+    UnreadableTaskFile,
+    UnsupportedFormat,
+    UsageError,
+)
 from bitfit.identity import BaseIdentity, is_sha256
 from bitfit.rounding import STORAGE_TYPES, StorageType, dequantize, quantize
 from bitfit.storage import (
@@ -263,7 +269,7 @@ def _read_limited(path: Path) -> bytes:
             return file.read(MAX_BYTES + 1)  # it may grow between the two calls
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or error
-        raise TaskFileError(f"{path}: cannot be read: {reason}") from error
+        raise UnreadableTaskFile(f"{path}: cannot be read: {reason}") from error
 
 
 def _check_size(size: int, source: str) -> None:

@@ -61,18 +61,34 @@ def paper_grids(given: Mapping[str, Any]) -> list[Ordered]:
         return [Ordered(grid, given["out"] or Path("results") / grid.name, _settings(given))]
     root = given["out"] or Path("results")
     grids = [builtin_grid(name) for name in builtin_grids()]
-    places = [root / grid.name for grid in grids]
-    ordered = []
-    for grid, place in zip(grids, places, strict=True):
-        others = [other for other in places if other != place]
-        if (tasks := given["tasks"]) is not None:  # of each grid those that it has
-            names = {task.name for task in grid.tasks} & set(_names(tasks))
-            if not names:
-                continue
-            given = {**given, "tasks": ",".join(t.name for t in grid.tasks if t.name in names)}
-        ordered.append(Ordered(_changed(grid, given), place, _settings(given, others)))
-        given = {**given, "tasks": tasks}
-    return ordered
+    kept = [(grid, own) for grid in grids if (own := _own_part(given, grid)) is not None]
+    if not kept:
+        raise UsageError("no experiment has these tasks and rows: 'bitfit tasks' lists the tasks")
+    places = [root / grid.name for grid, _ in kept]
+    return [
+        Ordered(_changed(grid, own), place, _settings(own, [p for p in places if p != place]))
+        for (grid, own), place in zip(kept, places, strict=True)
+    ]
+
+
+def _own_part(given: Mapping[str, Any], grid: Grid) -> dict[str, Any] | None:
+    """Return the options with what ``grid`` has of the tasks, rows and limits that are named.
+
+    None where it has none of the tasks, or none of the rows.
+    """
+    own = dict(given)
+    for option, has in (("tasks", grid.tasks), ("rows", grid.rows)):
+        if given[option] is not None:
+            asked = _names(given[option])
+            found = [each.name for each in has if each.name in asked]
+            if not found:
+                return None
+            own[option] = ",".join(found)
+    if given["limit"] is not None:
+        known = {"", *(task.name for task in grid.tasks)}
+        limits = (_limits(given["limit"]) or {}).items()
+        own["limit"] = ",".join(f"{task}={n}" for task, n in limits if task in known) or None
+    return own
 
 
 def run_grids(

@@ -19,7 +19,7 @@ import torch
 
 from bitfit.bank import unknown_task
 from bitfit.encoder import Encoder
-from bitfit.errors import BitfitError, TaskFileError, UsageError
+from bitfit.errors import BitfitError, TaskFileError, UnreadableTaskFile, UsageError
 from bitfit.held import FittingTask, HeldTask, HeldTasks
 from bitfit.inference import TaskHead
 from bitfit.rounding import StorageType
@@ -323,10 +323,17 @@ class Shelf:
                 return [Change("refused", "", directory, str(error))]
             changes = []
             for path, (file_name, sign) in there.items():
-                if seen.get(path) != sign:
+                if seen.get(path) == sign:
+                    continue
+                name = file_name.removesuffix(SUFFIX)
+                try:
+                    change = self._sync_file(name, path)
                     seen[path] = sign
-                    change = self._sync_file(file_name.removesuffix(SUFFIX), path)
-                    changes += [change] if change is not None else []
+                except UnreadableTaskFile as error:  # perhaps only now: tried at the next look
+                    told = seen.get(path) == str(error)
+                    change = None if told else Change("refused", name, path, str(error))
+                    seen[path] = str(error)
+                changes += [change] if change is not None else []
             for path in [path for path in seen if path not in there]:
                 del seen[path]
                 changes += self._sync_gone(path)
@@ -345,6 +352,8 @@ class Shelf:
             pinned = old is not None and old.pinned
             info = self.put(name, file, source=path, pinned=pinned)
             self._seals[path] = file.seal
+        except UnreadableTaskFile:
+            raise
         except BitfitError as error:
             return Change("refused", name, path, str(error))
         return Change("added" if old is None else "changed", name, path, "", info)

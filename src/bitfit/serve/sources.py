@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitfit.errors import MissingExtra, TaskFileError
+from bitfit.errors import MissingExtra, TaskFileError, UnreadableTaskFile
 from bitfit.taskfile import MAX_BYTES, TaskFile
 
 SUFFIX = ".bitfit.safetensors"
@@ -22,7 +22,8 @@ def read_source(source: str) -> TaskFile:
     """Return the task file at a path or URL.
 
     Raises:
-        TaskFileError: it cannot be read, or is no good task file.
+        UnreadableTaskFile: it cannot be read.
+        TaskFileError: it is no good task file.
     """
     if not is_url(source):
         return TaskFile.load(source)
@@ -31,7 +32,9 @@ def read_source(source: str) -> TaskFile:
         with system.open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except Exception as error:  # every file system has errors of its own
-        raise TaskFileError(f"{source}: cannot be read: {error or type(error).__name__}") from error
+        raise UnreadableTaskFile(
+            f"{source}: cannot be read: {error or type(error).__name__}"
+        ) from error
     return TaskFile.from_bytes(data, source=source)
 
 
