@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,9 @@ import pytest
 
 if TYPE_CHECKING:
     from bitfit.encoder import Encoder
+
+# Where bitfit is imported from, if by PYTHONPATH.
+SOURCE_PATH = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +50,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         return make_checkpoint(folder, family, seed)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Processes forked from one that has imported torch and what the tests run in them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killing", "several", "sweeping"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Python 3.11's fork server looks for what it preloads on PYTHONPATH only.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *SOURCE_PATH]))
+        forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,6 +65,12 @@ def run_small(base: str, data: str, out: str, **settings: object) -> None:
     """Run it to its end, saving the state after every step; in a process of its own."""
     train.CHECKPOINT_SECONDS = train.CHECKPOINT_PAUSE = 0.0
     small_sweep(base, data, out, **settings).run()
+
+
+def drive(environment: dict[str, str], *arguments: str, **settings: object) -> None:
+    """The same as :func:`run_small` in another environment: of a cluster, say, with its secret."""
+    os.environ.update(environment)
+    run_small(*arguments, **settings)
 
 
 def with_data(data: Path) -> Callable[..., Job]:

@@ -1,7 +1,6 @@
 """Sweeps on a Ray cluster: what one process makes, workers killed, drivers killed and resumed."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -109,14 +108,13 @@ def kill_a_worker():
 
 
 def test_a_driver_killed_and_one_stopped_are_gone_on_with(
-    cluster, finished, checkpoint, data, tmp_path
+    processes, cluster, finished, checkpoint, data, tmp_path
 ):
     """kill -9, then Ctrl-C, then to the end; the first is a process that joins by address."""
     out = tmp_path / "driven"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sweeping"])
-    driver = context.Process(
-        target=sweeping.run_small, args=(checkpoint(), str(data), str(out)),
+    settings = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    driver = processes.Process(
+        target=sweeping.drive, args=(settings, checkpoint(), str(data), str(out)),
         kwargs={"ray": cluster},
     )  # fmt: skip
     driver.start()

@@ -1,7 +1,6 @@
 """One run over two processes: equal to one process, the same numbers in both, written once."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -96,29 +95,19 @@ def scenarios(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(scenarios, tmp_path_factory):
+def found(processes, scenarios, tmp_path_factory):
     """What both processes wrote down of each scenario, and the folder of their files."""
     folder = tmp_path_factory.mktemp("two")
     for options in scenarios.values():
         if "out" in options:
             options["out"] = options["out"].format(folder=folder)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(several.__file__).parent), SOURCE])
-    try:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["several"])
-        port = free_port()
-        both = [
-            context.Process(target=several.train_scenarios, args=(rank, port, folder, scenarios))
-            for rank in range(2)
-        ]
-        for process in both:
-            process.start()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    port = free_port()
+    both = [
+        processes.Process(target=several.train_scenarios, args=(rank, port, folder, scenarios))
+        for rank in range(2)
+    ]
+    for process in both:
+        process.start()
     end = time.monotonic() + SECONDS
     for process in both:
         process.join(max(0.1, end - time.monotonic()))

@@ -1,25 +1,11 @@
 """Promise 6: the loss of power at any moment costs at most the steps since the last checkpoint."""
 
-import multiprocessing
-import os
 import random
 import time
-from pathlib import Path
 
 import killing
-import pytest
 
 KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def processes():
-    # Python 3.11's fork server looks for what it preloads on PYTHONPATH only.
-    os.environ["PYTHONPATH"] = str(Path(killing.__file__).parent)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killing"])
-    yield context
-    del os.environ["PYTHONPATH"]
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(

@@ -1,10 +1,10 @@
 """Sweeps: nothing is lost, nothing is made twice, and two processes may share the work."""
 
 import json
-import multiprocessing
 import random
 import shlex
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,40 +116,46 @@ def test_the_command_of_a_record_makes_the_run_again(finished, checkpoint, capsy
     assert again["scores"]["train_accuracy"] == pytest.approx(record["train_scores"]["accuracy"])
 
 
+def saved(out):
+    """When the state of the work was last saved."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("work/*/state.checkpoint")}
+
+
 def test_a_sweep_killed_at_any_moment_gives_what_an_undisturbed_one_gives(
-    finished, checkpoint, data, tmp_path
+    processes, finished, checkpoint, data, tmp_path
 ):
-    """kill -9, then the same again, until it is done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sweeping"])
+    """kill -9 at eight moments of the work and four of the start, then on to the end."""
     out, moments = tmp_path / "killed", random.Random(1)
+    arguments = checkpoint(), str(data), str(out)
     kills = 0
-    for attempt in range(60):
-        process = context.Process(
-            target=sweeping.run_small, args=(checkpoint(), str(data), str(out))
-        )
+    for attempt in range(12):
+        before = saved(out)
+        process = processes.Process(target=sweeping.run_small, args=arguments)
         process.start()
-        process.join(moments.uniform(0.3, 1.5) if attempt < 40 else 120)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            kills += 1
-            continue
-        assert process.exitcode == 0
-        break
-    assert kills >= 3
+        if attempt % 3 == 0:
+            process.join(moments.uniform(0.2, 2.0))
+        else:
+            while process.exitcode is None and saved(out) == before:
+                time.sleep(0.01)
+            process.join(moments.uniform(0.0, 0.7))
+        kills += process.exitcode is None
+        process.kill()
+        process.join()
+    assert kills >= 6
+    process = processes.Process(target=sweeping.run_small, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
     assert essence(out) == essence(finished[0])
     assert list((out / "work").iterdir()) == []
 
 
 def test_two_processes_share_a_directory_and_make_each_run_once(
-    finished, checkpoint, data, tmp_path
+    processes, finished, checkpoint, data, tmp_path
 ):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sweeping"])
     out = tmp_path / "shared"
     arguments = checkpoint(), str(data), str(out)
-    both = [context.Process(target=sweeping.run_small, args=arguments) for _ in range(2)]
+    both = [processes.Process(target=sweeping.run_small, args=arguments) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
