@@ -14,7 +14,7 @@ from sweeping import small_grid, small_sweep
 
 from bitfit.cli.app import run
 from bitfit.data import DataConfig, read_dataset
-from bitfit.errors import DataError, TrainingInterrupted, UsageError
+from bitfit.errors import DataError, NotWritten, TrainingInterrupted, UsageError
 from bitfit.experiments.dry_run import dry_run
 from bitfit.experiments.grid import Row
 from bitfit.experiments.protocol import choose, paper_scores, task_of
@@ -203,6 +203,22 @@ def test_a_failed_run_is_recorded_and_does_not_stop_the_others(checkpoint, data,
     assert again.made == len(failed)
 
 
+def test_a_full_disk_stops_the_sweep_and_fails_no_run(checkpoint, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    grid = small_grid(checkpoint(), seeds=(0,))
+
+    def full(*arguments):
+        raise NotWritten("state.checkpoint: cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_epoch", full)
+        with pytest.raises(NotWritten):
+            Sweep(grid, out, Settings(data=data, lanes=2, threads=1)).run()
+    assert Store(out).records() == []
+    summary = Sweep(grid, out, Settings(data=data, lanes=2, threads=1, resume=True)).run()
+    assert (summary.failed, summary.made) == ([], 6)
+
+
 def test_lanes_are_measured_though_some_runs_cannot_be_made(checkpoint, data, tmp_path):
     grid = small_grid(checkpoint(), seeds=(0,))
     bad = Row(name="No such layer", options={"terms": "query@7"}, learning_rate=(1e-3,))
@@ -261,6 +277,12 @@ def test_runs_are_copied_from_an_experiment_that_has_them(finished, checkpoint, 
     summary = Sweep(small_grid(checkpoint()), tmp_path / "out", settings).run()
     assert summary.made == 0
     assert essence(tmp_path / "out") == essence(finished[0])
+
+
+def test_a_dry_run_leaves_out_what_another_experiment_has(finished, checkpoint, data, tmp_path):
+    settings = Settings(data=data, threads=1, reuse=(finished[0],))
+    plan = dry_run(small_grid(checkpoint(), seeds=(0,)), tmp_path / "new", settings)
+    assert plan["runs"] == 0
 
 
 def test_a_dry_run_counts_what_is_left_and_writes_nothing(finished, checkpoint, data, tmp_path):

@@ -16,6 +16,7 @@
     │   ├── UnsupportedFormat    written in a format newer than this version reads
     │   ├── WrongBase            made for another base model
     │   └── WrongTokenizer       made with another tokenizer
+    ├── NotWritten               a file that cannot be written: no space, no permission
     ├── TrainingDiverged         the loss became NaN or infinite
     └── TrainingInterrupted      stopped by the user; says how to go on
 """
@@ -84,6 +85,10 @@ class WrongBase(TaskFileError):
 
 class WrongTokenizer(TaskFileError):
     """A task file made with another tokenizer than the one of this base."""
+
+
+class NotWritten(BitfitError):
+    """A file that cannot be written; the message has its path and the system's reason."""
 
 
 class TrainingDiverged(BitfitError):

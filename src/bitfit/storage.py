@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import safetensors.torch
 import torch
 
-from bitfit.errors import BitfitError, CorruptTaskFile
+from bitfit.errors import BitfitError, CorruptTaskFile, NotWritten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     A temporary file beside the target is written, synced and renamed. Missing folders are made.
 
     Raises:
-        BitfitError: with the path and the system's reason (permission, no space, a directory).
+        NotWritten: with the path and the system's reason (permission, no space, a directory).
     """
     target = Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
@@ -81,7 +81,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
             raise
         _sync_folder(target.parent)
     except OSError as error:
-        raise BitfitError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise NotWritten(f"{path}: cannot be written: {error.strerror or error}") from error
     with suppress(OSError):  # the file is written: what is left over may stay
         _remove_leftovers(target)
 

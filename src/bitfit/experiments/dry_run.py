@@ -36,7 +36,9 @@ def dry_run(
 
     Args:
         grid: what to run.
-        directory: where the results would go; runs that are there are not counted again.
+        directory: where the results would go; runs that are there, or in a directory of
+            ``settings.reuse``, are not counted again, but for the repeats of a cell that has not
+            chosen its rate here: which those are is not known yet.
         settings: how.
         on_cell: told before each measurement what is measured.
 
@@ -49,6 +51,9 @@ def dry_run(
     before = store.experiment() if store.exists else None
     conditions = choose_conditions(grid, settings, before)
     finished = store.finished() if store.exists else {}
+    for directory in settings.reuse:
+        there = Store(directory).finished()
+        finished |= {run_id: state for run_id, state in there.items() if state == "done"}
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     sources = Sources(settings.data)
     grid, missing = sources.there(grid, skip_missing=settings.skip_missing)

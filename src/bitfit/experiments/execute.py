@@ -16,7 +16,7 @@ from bitfit.bench.memory import give_back, is_known, read_peak, start_peak
 from bitfit.bench.timing import describe_versions
 from bitfit.comparison import bias_change
 from bitfit.doctor import cpu_name
-from bitfit.errors import BitfitError, TrainingDiverged, TrainingInterrupted
+from bitfit.errors import BitfitError, NotWritten, TrainingDiverged, TrainingInterrupted
 from bitfit.experiments.material import Material
 from bitfit.experiments.runs import Conditions, Run, command_of, data_config
 from bitfit.experiments.store import Result, Store
@@ -60,6 +60,7 @@ def run_group(
 
     Raises:
         TrainingInterrupted: ``should_stop`` said so; the state is saved.
+        NotWritten: the scratch folder cannot be written to.
     """
     lanes: dict[str, Lane] = {}
     failed: dict[str, str] = {}
@@ -73,7 +74,7 @@ def run_group(
         try:
             work = _Work(group, material, store, conditions, lanes)
             results = work.done(on_event, should_stop)
-        except TrainingInterrupted:
+        except (TrainingInterrupted, NotWritten):  # a full disk is not the runs' fault
             raise
         except (BitfitError, RuntimeError, MemoryError, ValueError) as error:
             failed |= dict.fromkeys(lanes, f"{type(error).__name__}: {error}")
