@@ -86,7 +86,7 @@ def points(value: float | None, *, signed: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     shown = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
-    return shown.replace("-0.0", "0.0") if float(shown) == 0 and not signed else shown
+    return "0.0" if float(shown) == 0 else shown
 
 
 def score(value: float | None, *, signed: bool = False) -> Cell:
