@@ -142,7 +142,8 @@ def test_words_below_the_limit_get_no_label(files, checkpoint):
     assert unsure.labels == tuple(
         label if p >= limit else "" for label, p in zip(sure.labels, sure.confidences, strict=True)
     )
-    assert 0 < unsure.text.split().count("?") - 10 < 14
+    assert unsure.words == tuple(words)
+    assert 0 < unsure.text.count("/?") - 10 < 14
 
 
 def test_of_several_labels_those_below_the_limit_are_left_out(files, checkpoint):

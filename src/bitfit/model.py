@@ -22,6 +22,7 @@ from bitfit.metrics import compute_metrics
 from bitfit.rounding import StorageType
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Example, SpanExample, Task, TextExample, TokenExample, references
+from bitfit.words import find_words
 
 Text = str | tuple[str, str] | Example
 
@@ -43,6 +44,8 @@ class Prediction:
 
     Labels below the limit are left out, of tokens "" is in their place.
     """
+    words: tuple[str, ...] | None = None
+    """tokens: the words that were asked; of a text those of :func:`bitfit.words.find_words`."""
     confidences: tuple[float, ...] | None = None
     """tokens: calibrated probability of each word's best label, 0 where the word was cut."""
     value: float | None = None
@@ -54,7 +57,10 @@ class Prediction:
 
     @property
     def text(self) -> str:
-        """The prediction in a word, as the command line prints it."""
+        """The prediction in a word, as the command line prints it; of tokens ``word/TAG ...``."""
+        if self.words is not None and self.labels is not None:
+            pairs = zip(self.words, self.labels, strict=True)
+            return " ".join(f"{word}/{label or '?'}" for word, label in pairs)
         if self.labels is not None:
             return " ".join(label or "?" for label in self.labels)
         if self.value is not None:
@@ -292,7 +298,12 @@ def load(
 
 
 def probe_examples(task: Task, probes: Sequence[Mapping[str, Any]]) -> list[Example]:
-    """Return the inputs of ``probes`` (``{"text", "text_pair"}``) as examples of ``task``."""
+    """Return the inputs of ``probes`` (``{"text", "text_pair"}``) as examples of ``task``.
+
+    Words stand between white space here: how texts of users are split may change, probes may not.
+    """
+    if task.kind == "tokens":
+        return [TokenExample(tuple(p["text"].split())) for p in probes]
     return [
         as_example(task, p["text"] if p["text_pair"] is None else (p["text"], p["text_pair"]))
         for p in probes
@@ -301,6 +312,9 @@ def probe_examples(task: Task, probes: Sequence[Mapping[str, Any]]) -> list[Exam
 
 def as_example(task: Task, text: Text) -> Example:
     """Return ``text`` as an example of the task's kind.
+
+    A text becomes the words that :func:`bitfit.words.find_words` finds in it where the task labels
+    words; give a ``TokenExample`` to say them.
 
     Raises:
         UsageError: it is one text where the task takes a pair, or the other way round.
@@ -311,7 +325,9 @@ def as_example(task: Task, text: Text) -> Example:
     if isinstance(text, str):
         if task.is_pair:
             raise UsageError(f"task {task.name!r} takes a pair of texts, got one: {text[:40]!r}")
-        return TokenExample(tuple(text.split())) if task.kind == "tokens" else TextExample(text)
+        if task.kind == "tokens":
+            return TokenExample(tuple(text[begin:end] for begin, end in find_words(text)))
+        return TextExample(text)
     if isinstance(text, tuple):
         if not task.is_pair:
             raise UsageError(f"task {task.name!r} takes one text, got a pair: {text[0][:40]!r}")
@@ -358,7 +374,10 @@ def _predict_one(
             task.labels[tag] if tag >= 0 and p >= min_confidence else ""
             for tag, p in zip(tags, confidences, strict=True)
         )
-        return Prediction(task=name, labels=labels, confidences=tuple(confidences.tolist()))
+        assert isinstance(example, TokenExample)
+        return Prediction(
+            task=name, labels=labels, words=example.words, confidences=tuple(confidences.tolist())
+        )
     assert isinstance(example, SpanExample)
     _, begin, end = best_span(feature, logits)
     return Prediction(task=name, answer=example.context[begin:end], start=begin)

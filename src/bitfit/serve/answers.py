@@ -14,6 +14,7 @@ from bitfit.calibration import probabilities
 from bitfit.heads import best_span
 from bitfit.inference import Logits
 from bitfit.tasks import Example, SpanExample, Task
+from bitfit.words import find_words
 
 
 def best_window(features: Sequence[Feature], logits: Sequence[Logits]) -> tuple[Feature, Logits]:
@@ -84,14 +85,14 @@ def _tagged(
 ) -> dict[str, Any]:
     """Return a span for every word that was not cut off, and the entities."""
     assert feature.word_starts is not None
-    words = list(re.finditer(r"\S+", text))
+    words = find_words(text)
     kept = np.flatnonzero(feature.word_starts >= 0)
     spans = []
     for word, row in zip(kept, chances, strict=True):
-        best, found = int(row.argmax()), words[word]
+        best, (begin, end) = int(row.argmax()), words[word]
         if row[best] >= min_confidence:
             spans.append({
-                "start": found.start(), "end": found.end(), "text": found.group(),
+                "start": begin, "end": end, "text": text[begin:end],
                 "label": task.labels[best], "confidence": float(row[best]),
             })  # fmt: skip
     return {"spans": spans, "entities": merge_entities(spans, text)}
