@@ -1,10 +1,9 @@
 """Several services as one: replicas that die at any moment, and what they share."""
 
 import asyncio
-import logging
 import pickle
 import re
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -84,9 +83,8 @@ class Site:
 
     async def replace_the_dead(self):
         for link, place in zip(self.front.links, self.places, strict=True):
-            with suppress(Lost):
-                await link.call("ping")
             if place.dead.done():
+                await asyncio.wait({link.gone}, timeout=10)
                 place.rise()
         await self.until(lambda: all(link.is_ready for link in self.front.links))
 
@@ -354,30 +352,13 @@ def test_files_copied_into_the_folder_have_one_number_and_the_one_who_remembers_
     run(check)
 
 
-def test_the_folder_is_looked_at_and_the_log_says_what_replicas_found(run, caplog):
-    logger = logging.getLogger("bitfit.serve")
-
+def test_the_folder_is_looked_at_by_all(run):
     async def check(site):
-        logger.addHandler(caplog.handler)
-        caplog.set_level(logging.INFO, logger.name)
         site.files[1].save(site.folder / "n.bitfit.safetensors")
         (site.folder / "bad.bitfit.safetensors").write_bytes(b"nonsense")
         await site.until(lambda: [len(state) for state in site.states()] == [2, 2])
-        await site.until(lambda: len(told()) == 4)
-        assert sorted(told()) == [
-            ("1", "bad", "refused"), ("1", "n", "added"),
-            ("2", "bad", "refused"), ("2", "n", "added"),
-        ]  # fmt: skip
 
-    def told():
-        fields = [r.fields for r in caplog.records if r.getMessage() == "folder"]
-        found = [f for f in fields if "replica" in f and f["task"] != "m"]
-        return [(f["replica"], f["task"], f["change"]) for f in found]
-
-    try:
-        run(check, watch_seconds=0.05)
-    finally:
-        logger.removeHandler(caplog.handler)
+    run(check, watch_seconds=0.05)
 
 
 # --- numbers --------------------------------------------------------------------------------------

@@ -219,9 +219,7 @@ def _check_replicas(given: Mapping[str, Any]) -> None:
         check_address(given["ray"])
         check_options(given["ray"], given["tasks"])
     elif given["replicas"] is not None:
-        raise UsageError(
-            "--replicas goes with --ray; --ray local has them on this machine"
-        )
+        raise UsageError("--replicas goes with --ray; --ray local has them on this machine")
 
 
 def _remarks(config: Any, keys: int, tasks: str | None) -> list[str]:

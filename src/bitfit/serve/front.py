@@ -66,6 +66,7 @@ class Link:
         """Texts and other requests sent to it and not answered."""
         self.gone: asyncio.Future[None] | None = None
         """Done when the replica that was started last is lost."""
+        self._tie: asyncio.Task[None] | None = None
 
     async def start(self) -> Facts:
         """Return what a replica says of itself once it can be asked.
@@ -75,12 +76,38 @@ class Link:
             BitfitError: it cannot open the base or the tasks.
         """
         reply = await self._send("start")
+        if reply.is_lost:
+            raise Lost
         if reply.failed is not None:
             raise reply.failed
-        self.facts = reply.value
-        self.gone = asyncio.get_running_loop().create_future()
-        assert self.facts is not None
-        return self.facts
+        facts: Facts = reply.value
+        loop = asyncio.get_running_loop()
+        self.facts, self.gone = facts, loop.create_future()
+        self._tie = loop.create_task(self._stay(self.gone))
+        return facts
+
+    async def _stay(self, gone: asyncio.Future[None]) -> None:
+        """Have a call open that a replica never answers: its end is the replica's.
+
+        So the end is known at once. A call begun after it would wait for the next replica.
+        """
+        try:
+            await self._send("stay")
+        except (Lost, BitfitError):
+            pass
+        self._lose(gone)
+
+    def _lose(self, gone: asyncio.Future[None]) -> None:
+        if not gone.done():
+            self.is_ready = False
+            gone.set_result(None)
+
+    async def close(self) -> None:
+        """Let go of the replica; it can be started again."""
+        self.is_ready = False
+        if self._tie is not None:
+            self._tie.cancel()
+            await asyncio.gather(self._tie, return_exceptions=True)
 
     async def call(self, method: str, *arguments: Any, weight: int = 1, **named: Any) -> Any:
         """Return what a method of the replica's service returns.
@@ -108,9 +135,7 @@ class Link:
             work.cancel()  # the client went away, or the replica
             work.add_done_callback(_ignore)
         if reply.is_lost:
-            self.is_ready = False
-            if not gone.done():
-                gone.set_result(None)
+            self._lose(gone)
             raise Lost
         if reply.failed is not None:
             raise reply.failed
@@ -200,7 +225,7 @@ class Front:
         async with self._changing:
             self._check_base(facts)
             await self._look(link)
-            link.is_ready = True
+            link.is_ready = link.gone is not None and not link.gone.done()
 
     def _check_base(self, facts: Facts) -> None:
         base = self.base = self.base or facts.base
@@ -258,6 +283,7 @@ class Front:
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in self.links))
 
     # --- asking ---------------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ from bitfit.serve.settings import ServeConfig
 
 MAX_LINES = 1000
 """Lines of the log that a replica keeps until the front takes them."""
+STAY_SECONDS = 1.0
+"""How often a replica asks itself whether its engine works."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ class Replica:
                     return Reply(failed=kind(f"{socket.gethostname()}: {error}"))
                 self._service = service
         service = self._service
+        if service.broken:
+            return Reply(is_lost=True)
         return Reply(Facts(os.getpid(), socket.gethostname(), service.base, len(service.shelf)))
 
     def _open(self) -> Service:
@@ -116,6 +120,12 @@ class Replica:
             job.base, job.config, storage=job.storage, max_resident=job.max_resident,
             dtype=job.dtype, device=job.device, revision=job.revision,
         )  # fmt: skip
+
+    async def stay(self) -> Reply:
+        """Return when nothing can be answered any more: for as long as all is well, never."""
+        while self._service is not None and not self._service.broken:
+            await asyncio.sleep(STAY_SECONDS)
+        return Reply(is_lost=True)
 
     async def call(self, method: str, *arguments: Any, **named: Any) -> Reply:
         """Return what the service answers to one of its methods."""
