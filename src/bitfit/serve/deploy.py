@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,8 +26,8 @@ from bitfit.errors import BitfitError, MissingExtra, UsageError
 from bitfit.serve.front import Link, Lost
 from bitfit.serve.replica import Job, Replica, Reply
 
-HEALTH_SECONDS = 2.0
-"""How often Ray Serve asks a replica for its health."""
+HEALTH_SECONDS, HEALTH_TIMEOUT = 2.0, 10.0
+"""How often Ray Serve asks a replica for its health, and how long it waits; after three it ends it."""
 OBJECT_BYTES = 512 << 20
 """Shared memory for what is too large for a message: uploads."""
 
@@ -38,7 +39,6 @@ def check_options(ray: str, tasks: str | None) -> None:
         MissingExtra: Ray Serve is not installed.
         UsageError: replicas would have no folder in common, or Ray is reached through a proxy.
     """
-    _import_serve()
     if ray.startswith("ray://"):
         raise UsageError(
             f"--ray {ray}: replicas cannot be asked through Ray's client port; start the server on "
@@ -50,6 +50,7 @@ def check_options(ray: str, tasks: str | None) -> None:
             + ("" if tasks is None else f", and {tasks} is a URL")
             + ": by it a task that one is sent reaches the others"
         )
+    _import_serve()
 
 
 @contextmanager
@@ -87,7 +88,9 @@ def deployed(job: Job, count: int, address: str, name: str) -> Iterator[list[Lin
 def _import_serve() -> Any:
     import_ray()
     try:
-        from ray import serve
+        with warnings.catch_warnings():  # Ray's own, of how it uses pydantic
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from ray import serve
     except ImportError as error:  # Ray without what its Serve needs
         raise MissingExtra("--ray", "ray") from error
     # One line in place of several for each replica that dies: the front's own.
@@ -107,7 +110,7 @@ def _run(serve: Any, job: Job, needs: dict[str, float], names: list[str]) -> lis
         ray_actor_options={"num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0)},
         # Each bounds what it accepts by itself, and says so to the client.
         max_ongoing_requests=2 * job.config.max_requests,
-        health_check_period_s=HEALTH_SECONDS,
+        health_check_period_s=HEALTH_SECONDS, health_check_timeout_s=HEALTH_TIMEOUT,
         graceful_shutdown_timeout_s=max(1.0, job.config.drain_seconds),
         graceful_shutdown_wait_loop_s=0.2,
     )  # fmt: skip
