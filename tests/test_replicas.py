@@ -237,6 +237,8 @@ def test_what_cannot_be_meant_is_refused_before_anything_starts(tmp_path, capsys
     ]:
         assert cli.main(["serve", "--base", str(tmp_path / "none"), *options]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+    monkeypatch.delattr("ray.serve", raising=False)
     monkeypatch.setitem(sys.modules, "ray.serve", None)
-    assert cli.main(["serve", "--ray", "local", "--tasks", folder]) == 2
+    open_door = ["--host", "0.0.0.0"]  # refused too, but later
+    assert cli.main(["serve", "--ray", "local", "--tasks", folder, *open_door]) == 2
     assert "pip install 'bitfit[ray]'" in capsys.readouterr().err

@@ -180,9 +180,12 @@ def _serve_replicas(given: Mapping[str, Any], config: Any, keys: Any, listener: 
         threads=given["threads"] or max(1, (os.cpu_count() or 1) // count),
     )  # fmt: skip
     # Until the server has a way of its own to stop: as Ctrl-C, so that the cluster ends too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with deployed(job, count, given["ray"], server_name(config.port)) as links:
-        _serve(given, Front(links, config), config, keys, listener, replicas=count)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with deployed(job, count, given["ray"], server_name(config.port)) as links:
+            _serve(given, Front(links, config), config, keys, listener, replicas=count)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _serve(

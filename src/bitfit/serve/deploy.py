@@ -27,7 +27,7 @@ from bitfit.serve.front import Link, Lost
 from bitfit.serve.replica import Job, Replica, Reply
 
 HEALTH_SECONDS, HEALTH_TIMEOUT = 2.0, 10.0
-"""How often Ray Serve asks a replica for its health, and how long it waits; after three it ends it."""
+"""How often Ray Serve asks for a replica's health, and how long it waits before it ends it."""
 OBJECT_BYTES = 512 << 20
 """Shared memory for what is too large for a message: uploads."""
 

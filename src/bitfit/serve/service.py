@@ -26,7 +26,7 @@ from bitfit.serve.microbatch import (
 )
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.shelf import Change, Shelf, TaskInfo
-from bitfit.serve.uploads import Entry, FolderFile, Uploads
+from bitfit.serve.uploads import Entry, FolderFile, Listed, Uploads
 from bitfit.serve.wire import number
 from bitfit.taskfile import TaskFile
 from bitfit.terms import SYMBOLS
@@ -425,16 +425,14 @@ class Service:
                 log("upload_failed", level=logging.WARNING, task=name, message=str(error))
 
     def _look_at_folder(self, folder: str) -> None:
-        known: dict[str, FolderFile] | None = None
+        listed: Listed | None = None
 
         def number(name: str, fingerprint: str) -> int:
             """Return the version that a file has at least, by what all servers wrote down."""
-            nonlocal known
-            if known is None:
-                known = self.uploads.folder_files() if self.uploads is not None else {}
-            if (last := known.get(name)) is None:
-                return 1
-            return last.version + (last.fingerprint != fingerprint)
+            nonlocal listed
+            if listed is None:
+                listed = self.uploads.listed() if self.uploads is not None else Listed()
+            return listed.number(name, fingerprint)
 
         replaced = {}
         for change in self.shelf.sync(folder, number):

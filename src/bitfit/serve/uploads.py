@@ -62,11 +62,24 @@ class FolderFile:
 
 
 @dataclass
-class _List:
+class Listed:
+    """What the list has."""
+
     entries: dict[str, Entry] = field(default_factory=dict)
     folder: dict[str, FolderFile] = field(default_factory=dict)
 
+    def number(self, name: str, fingerprint: str) -> int:
+        """Return the version that a file found in the folder has at least."""
+        last, entry = self.folder.get(name), self.entries.get(name)
+        if last is not None and last.fingerprint == fingerprint:
+            return last.version
+        before = 0 if last is None else last.version
+        if entry is not None and entry.over != fingerprint:  # it came after that change
+            before = max(before, entry.version)
+        return before + 1
+
     def to_bytes(self) -> bytes:
+        """Return it as it is written."""
         document = {
             "format": FORMAT,
             "tasks": {name: entry.to_json() for name, entry in self.entries.items()},
@@ -148,13 +161,13 @@ class Uploads:
                 found.folder |= files
                 atomic_write(self._list, found.to_bytes())
 
-    def folder_files(self) -> dict[str, FolderFile]:
-        """Return, by name, what was last found in the folder of those that were replaced there.
+    def listed(self) -> Listed:
+        """Return all that the list has now.
 
         Raises:
             BitfitError: the list is damaged, or cannot be read.
         """
-        return self._read().folder
+        return self._read()
 
     def has_changed(self) -> bool:
         """Return whether the list was written since :meth:`entries` was last called."""
@@ -214,12 +227,12 @@ class Uploads:
             return None
         return status.st_ino, status.st_mtime_ns, status.st_size
 
-    def _read(self) -> _List:
+    def _read(self) -> Listed:
         try:
             with self._list.open("rb") as file:
                 data = file.read(MAX_LIST_BYTES + 1)
         except FileNotFoundError:
-            return _List()
+            return Listed()
         except OSError as error:
             raise BitfitError(f"{self._list}: cannot be read: {error.strerror or error}") from error
         try:
@@ -230,14 +243,14 @@ class Uploads:
             ) from None
 
 
-def _parse(data: bytes) -> _List:
+def _parse(data: bytes) -> Listed:
     if len(data) > MAX_LIST_BYTES:
         raise ValueError(f"more than {MAX_LIST_BYTES} bytes")
     match parse_json(data):
         case {"format": int(number), "tasks": dict(tasks), **more}:
             if number != FORMAT:
                 raise ValueError(f"format {number}, this bitfit reads {FORMAT}")
-            return _List(
+            return Listed(
                 {str(name): _parse_entry(name, value) for name, value in tasks.items()},
                 _parse_folder(more.get("folder", {})),
             )
