@@ -125,7 +125,7 @@ class DummyShelf:
         self.leases.add(lease)
         return lease
 
-    def sync(self, directory):
+    def sync(self, directory, number=None):
         found = {
             p.name.removesuffix(".bitfit.safetensors"): p.read_bytes()
             for p in Path(directory).glob("*.bitfit.safetensors")

@@ -16,8 +16,9 @@ pytest.importorskip("ray", reason="needs the extra ray")
 import ray
 
 import bitfit
+from bitfit.cluster import connected
 from bitfit.errors import BitfitError, MissingExtra, TrainingInterrupted, UsageError
-from bitfit.experiments.cluster import TRIES, connected
+from bitfit.experiments.cluster import TRIES
 from bitfit.experiments.executor import WorkerLost
 from bitfit.experiments.store import Store
 from bitfit.experiments.sweep import GroupFinished, GroupStarted, Settings, Sweep

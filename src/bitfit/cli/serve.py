@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from bitfit.cli import console, options
 from bitfit.errors import MissingExtra, UsageError
 
 TASKS, NETWORK, BATCHES, LIMITS = "Tasks", "Network", "Batches", "Limits"
+REPLICAS = 2
 
 
 def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
@@ -83,6 +84,17 @@ def serve(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
+    ray: Annotated[
+        str | None,
+        _option(options.MACHINE, "Replicas on a Ray cluster behind this address (extra ray): local "
+                "starts one of this machine, auto is the one that runs here, else HOST:PORT.",
+                metavar="local|auto|ADDRESS"),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        _option(options.MACHINE, f"With --ray: how many, of --threads CPUs each (default: "
+                f"{REPLICAS}).", min=1, max=1000),
+    ] = None,
     log_texts: Annotated[
         bool,
         _option(options.REPORT, "Write the texts of requests into the log.", "--log-texts"),
@@ -94,7 +106,8 @@ def serve(
     """Serve task files over HTTP, with a page to look at them and try them.
 
     All tasks share one base; requests of any tasks are answered in common batches. Ctrl-C or
-    SIGTERM ends the server after what it has accepted. Needs the extra: serve.
+    SIGTERM ends the server after what it has accepted. With --ray several processes answer, on one
+    machine or many; what was sent to one that dies is answered by another. Needs the extra: serve.
     """  # fmt: skip
     given = dict(locals())
     _check_extra()
@@ -108,16 +121,12 @@ def run(given: Mapping[str, Any]) -> None:
         UsageError: an option that cannot be meant, or the port is taken.
         BitfitError: the base or the tasks cannot be loaded.
     """
-    import asyncio
-
-    import torch
-
     from bitfit.rounding import STORAGE_TYPES
-    from bitfit.serve import logs
     from bitfit.serve.auth import Keys, check_bind
-    from bitfit.serve.run import listen, open_service, serve
+    from bitfit.serve.run import listen
     from bitfit.serve.settings import ServeConfig
 
+    _check_replicas(given)
     if given["storage"] not in STORAGE_TYPES:
         raise UsageError(f"--storage {given['storage']!r} is not one of {', '.join(STORAGE_TYPES)}")
     names = {field.name for field in fields(ServeConfig)}
@@ -127,30 +136,93 @@ def run(given: Mapping[str, Any]) -> None:
     keys = Keys.load(given["keys"])
     check_bind(config, keys)
     listener = listen(config)  # before the base is loaded: a port that is taken is known at once
+    with listener:
+        at = config.at(listener.getsockname()[1])
+        if not given["quiet"]:
+            console.note(f"loading {given['base']}")
+        if given["ray"] is None:
+            _serve_here(given, at, keys, listener)
+        else:
+            _serve_replicas(given, at, keys, listener)
+
+
+def _serve_here(given: Mapping[str, Any], config: Any, keys: Any, listener: Any) -> None:
+    import torch
+
+    from bitfit.serve.run import open_service
+
     if given["threads"] is not None:
         torch.set_num_threads(given["threads"])
-    with listener:
-        note = (lambda text: None) if given["quiet"] else console.note
-        note(f"loading {given['base']}")
-        service = open_service(
-            given["base"], config, storage=given["storage"], max_resident=given["max_resident"],
-            dtype=given["dtype"], device=given["device"], revision=given["revision"],
-        )  # fmt: skip
-        logs.configure()
-        at = config.at(listener.getsockname()[1])
+    service = open_service(
+        given["base"], config, storage=given["storage"], max_resident=given["max_resident"],
+        dtype=given["dtype"], device=given["device"], revision=given["revision"],
+    )  # fmt: skip
+    _serve(given, service, config, keys, listener)
 
-        def ready() -> None:
-            tasks = len(service.shelf.infos())
-            if given["as_json"]:
-                console.print_json({"address": at.address, "base": given["base"], "tasks": tasks})
-                sys.stdout.flush()
-            else:
-                count = console.count(tasks, "task")
-                console.say(f"{count} on {given['base']} at {at.address}/")
-            for line in _remarks(at, len(keys), given["tasks"]):
-                note(line)
 
-        asyncio.run(serve(service, keys, listener, on_ready=ready))
+def _serve_replicas(given: Mapping[str, Any], config: Any, keys: Any, listener: Any) -> None:
+    import os
+    import signal
+
+    from bitfit.serve.auth import VARIABLE
+    from bitfit.serve.deploy import deployed, server_name
+    from bitfit.serve.front import Front
+    from bitfit.serve.replica import Job, versions
+
+    os.environ.pop(VARIABLE, None)  # only this process needs the keys: its children have none
+    count = given["replicas"] or REPLICAS
+    job = Job(
+        base=given["base"],
+        # The front says when to look: all look at one time.
+        config=replace(config, watch_seconds=0.0),
+        storage=given["storage"], max_resident=given["max_resident"], dtype=given["dtype"],
+        device=given["device"], revision=given["revision"], versions=versions(),
+        threads=given["threads"] or max(1, (os.cpu_count() or 1) // count),
+    )  # fmt: skip
+    # Until the server has a way of its own to stop: as Ctrl-C, so that the cluster ends too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with deployed(job, count, given["ray"], server_name(config.port)) as links:
+            _serve(given, Front(links, config), config, keys, listener, replicas=count)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _serve(
+    given: Mapping[str, Any], service: Any, config: Any, keys: Any, listener: Any, **more: int
+) -> None:
+    import asyncio
+
+    from bitfit.serve import logs
+    from bitfit.serve.run import serve
+
+    def ready() -> None:
+        tasks, base = service.task_count, given["base"]
+        if given["as_json"]:
+            found = {"address": config.address, "base": base, "tasks": tasks}
+            console.print_json(found | more)
+            sys.stdout.flush()
+        else:
+            count = console.count(tasks, "task")
+            by = "".join(f" by {number} {what}" for what, number in more.items())
+            console.say(f"{count} on {base}{by} at {config.address}/")
+        if not given["quiet"]:
+            for line in _remarks(config, len(keys), given["tasks"]):
+                console.note(line)
+
+    logs.configure()
+    asyncio.run(serve(service, keys, listener, on_ready=ready))
+
+
+def _check_replicas(given: Mapping[str, Any]) -> None:
+    if given["ray"] is not None:
+        from bitfit.cluster import check_address
+        from bitfit.serve.deploy import check_options
+
+        check_address(given["ray"])
+        check_options(given["ray"], given["tasks"])
+    elif given["replicas"] is not None:
+        raise UsageError("--replicas goes with --ray; --ray local has them on this machine")
 
 
 def _remarks(config: Any, keys: int, tasks: str | None) -> list[str]:

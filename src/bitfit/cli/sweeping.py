@@ -14,10 +14,10 @@ from typing import Any
 from rich.progress import Progress
 
 from bitfit.cli import console, options
+from bitfit.cluster import connected
 from bitfit.encoder import open_encoder
 from bitfit.errors import DataError, UsageError
 from bitfit.experiments.answers import restore_answers
-from bitfit.experiments.cluster import connected
 from bitfit.experiments.dry_run import dry_run as plan_sweep
 from bitfit.experiments.executor import WorkerLost
 from bitfit.experiments.grid import Grid, builtin_grid, builtin_grids, read_grid

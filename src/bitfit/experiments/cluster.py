@@ -9,11 +9,8 @@ directory is visible too, a group that is tried again goes on from its checkpoin
 from __future__ import annotations
 
 import os
-import re
-import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +22,9 @@ import torch
 
 from bitfit import __version__
 from bitfit.bench.timing import describe_versions
+from bitfit.cluster import import_ray
 from bitfit.encoder import open_encoder
-from bitfit.errors import BitfitError, MissingExtra, TrainingInterrupted, UsageError
+from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
 from bitfit.experiments.execute import Group, failed_results, run_group
 from bitfit.experiments.executor import Outcome, WorkerLost
 from bitfit.experiments.material import Material, Sources
@@ -39,9 +37,6 @@ TRIES = 4
 AHEAD = 1
 # How long to wait for a result before asking again whether to stop.
 _GLANCE_SECONDS = 0.2
-_PLACE = re.compile(r"(?:ray://)?(\S+):(\d+)")
-# How long an address may take to answer at all; Ray itself tries for minutes.
-_ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,80 +65,6 @@ def new_job(base: str, conditions: Conditions, data: Path, directory: Path) -> J
 
 
 # ------------------------------------------------------------------ the driver
-
-
-def check_address(address: str) -> None:
-    """Refuse ``--ray`` before anything is written.
-
-    Raises:
-        MissingExtra: Ray is not installed.
-        UsageError: neither ``local`` nor ``auto`` nor an address.
-    """
-    _ray()
-    if address not in ("local", "auto") and not _PLACE.fullmatch(address):
-        raise UsageError(
-            f"--ray {address!r}: expected local (a cluster of this machine alone), auto (the one "
-            "that runs here), HOST:PORT or ray://HOST:PORT"
-        )
-
-
-@contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Be connected to a Ray cluster; within another such ``with`` this does nothing.
-
-    Args:
-        address: ``local`` starts one of this machine alone, which ends with the ``with``; ``auto``
-            is the one that runs here; ``HOST:PORT``, ``ray://HOST:PORT``; None: none is needed.
-
-    Raises:
-        MissingExtra: Ray is not installed.
-        UsageError: an address that cannot be meant.
-        BitfitError: there is no cluster.
-    """
-    if address is None:
-        yield
-        return
-    check_address(address)
-    ray = _ray()
-    if ray.is_initialized():
-        yield
-        return
-    _connect(ray, address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _connect(ray: Any, address: str) -> None:
-    # Ours to say: nothing is reported to anyone.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address == "local":
-        options["include_dashboard"] = False
-    try:
-        if place := _PLACE.fullmatch(address):
-            host, port = place[1].strip("[]"), int(place[2])
-            socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
-        with _own_signals():
-            ray.init(address=address, **options)
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
-        raise BitfitError(
-            f"--ray {address}: no Ray cluster can be reached or started there: {error}"
-        ) from error
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep what a signal does here: Ray puts its own in place of it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -177,7 +98,7 @@ class RayExecutor:
         should_stop: Callable[[], bool] | None,
         ahead: int = AHEAD,
     ) -> None:
-        self.ray = _ray()
+        self.ray = import_ray()
         self.job, self.material = job, material
         self.tell, self.should_stop, self.ahead = tell, should_stop, ahead
         self._flight: dict[Any, _Sent] = {}
@@ -360,11 +281,3 @@ def _place(job: Job, group: Group) -> Iterator[Store]:
         return
     with tempfile.TemporaryDirectory(prefix="bitfit-") as folder:
         yield Store(Path(folder))
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtra("--ray", "ray") from error
-    return ray

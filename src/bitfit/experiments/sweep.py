@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 
 import torch
 
+from bitfit.cluster import check_address, connected
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
 from bitfit.experiments.claimed import Held
-from bitfit.experiments.cluster import RayExecutor, check_address, connected, new_job
+from bitfit.experiments.cluster import RayExecutor, new_job
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Event as TrainingEvent
 from bitfit.experiments.execute import Group

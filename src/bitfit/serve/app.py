@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,16 +22,79 @@ from bitfit.serve.assets import Asset, read_assets
 from bitfit.serve.auth import Caller, Keys, Role
 from bitfit.serve.bodies import Bodies
 from bitfit.serve.edge import LOG_FIELDS, Edge, dump
+from bitfit.serve.engine import Item
 from bitfit.serve.failures import RequestFailed, from_error
-from bitfit.serve.metrics import CONTENT_TYPE
-from bitfit.serve.service import Found, Service
+from bitfit.serve.metrics import CONTENT_TYPE, Metrics
+from bitfit.serve.service import Found
 from bitfit.serve.settings import ServeConfig
+from bitfit.serve.shelf import TaskInfo
 
 V = TypeVar("V")
 Name = Annotated[str, Path(max_length=200, description="The task's name.", examples=["intent"])]
 NewName = Annotated[str, Path(pattern=wire.NAME_PATTERN, examples=["intent"])]
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _bearer = HTTPBearer(auto_error=False, description="One of the server's API keys.")
+
+
+class Serves(Protocol):
+    """What the routes ask: a service of this process, or a front over several."""
+
+    config: ServeConfig
+    metrics: Metrics
+    base: dict[str, Any]
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+
+    @ready.setter
+    def ready(self, value: bool) -> None: ...
+
+    @property
+    def broken(self) -> bool:
+        """Whether nothing is answered any more, though nobody stopped it."""
+
+    @property
+    def task_count(self) -> int:
+        """How many tasks can be asked."""
+
+    async def start(self) -> None:
+        """Begin to answer."""
+
+    async def stop(self, *, drain: bool = True) -> None:
+        """End."""
+
+    async def predict(
+        self, items: Sequence[Item], *, deadline_ms: float | None = None
+    ) -> list[Found]:
+        """Return the answer to each item, or the error in its place."""
+
+    async def infos(self) -> list[TaskInfo]:
+        """Return every task, by name."""
+
+    async def describe(self, name: str) -> tuple[TaskInfo, dict[str, Any]]:
+        """Return a task, and what its file says."""
+
+    async def file_bytes(self, name: str) -> bytes:
+        """Return a task's file."""
+
+    async def compare(self, a: str, b: str) -> list[dict[str, Any]]:
+        """Return how far two tasks moved."""
+
+    async def put(self, name: str, data: bytes, *, pinned: bool = False) -> tuple[TaskInfo, bool]:
+        """Add or replace a task; return it, and whether it is new."""
+
+    async def rollback(self, name: str) -> TaskInfo:
+        """Make the version before the current one."""
+
+    async def remove(self, name: str) -> None:
+        """Take a task out."""
+
+    async def stats(self) -> dict[str, Any]:
+        """Return what ``/v1/stats`` answers."""
+
+    async def render_metrics(self) -> bytes:
+        """Return what ``/metrics`` answers."""
 
 
 class Json(JSONResponse):
@@ -42,7 +105,7 @@ class Json(JSONResponse):
         return dump(content)
 
 
-def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
+def make_app(service: Serves, keys: Keys | None = None) -> FastAPI:
     """Return the ASGI application over ``service``.
 
     Its lifespan starts the service where that was not done, and stops it at the end.
@@ -66,7 +129,7 @@ def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
     return app
 
 
-def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
+def _lifespan(service: Serves) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if not service.ready:
@@ -80,7 +143,7 @@ def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
 
 
 class _Routes:
-    def __init__(self, service: Service, config: ServeConfig, keys: Keys) -> None:
+    def __init__(self, service: Serves, config: ServeConfig, keys: Keys) -> None:
         self._service, self._config, self._keys = service, config, keys
         self._bodies = Bodies(max_held=config.max_held_bytes, seconds=config.body_seconds)
         self._assets = read_assets()
@@ -229,11 +292,12 @@ class _Routes:
 
     async def stats(self) -> Response:
         """Show rates, latencies and what waits."""
-        return Json(self._service.stats())
+        return Json(await self._service.stats())
 
     async def metrics(self) -> Response:
         """Show everything that is counted, for Prometheus."""
-        return Response(self._service.render_metrics(), headers={"content-type": CONTENT_TYPE})
+        body = await self._service.render_metrics()
+        return Response(body, headers={"content-type": CONTENT_TYPE})
 
     async def healthz(self) -> Response:
         """Say whether the process works."""

@@ -59,12 +59,22 @@ class RequestFailed(Exception):
         self.details = details
         self.headers = dict(headers or {})
 
+    def __reduce__(self) -> tuple[Any, ...]:  # between the processes of a cluster
+        return _rebuild, (self.status, self.message, self.code, self.details, self.headers)
+
     def to_json(self) -> dict[str, Any]:
         """Return ``{"error": {"code", "message", "details"?}}``."""
         error: dict[str, Any] = {"code": self.code, "message": self.message}
         if self.details:
             error["details"] = dict(self.details)
         return {"error": error}
+
+
+def _rebuild(
+    status: int, message: str, code: str, details: Mapping[str, Any] | None,
+    headers: Mapping[str, str],
+) -> RequestFailed:  # fmt: skip
+    return RequestFailed(status, message, code=code, details=details, headers=headers)
 
 
 def from_error(error: BitfitError) -> RequestFailed:

@@ -14,7 +14,7 @@ import uvicorn
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError, UsageError
 from bitfit.rounding import StorageType
-from bitfit.serve.app import make_app
+from bitfit.serve.app import Serves, make_app
 from bitfit.serve.auth import Keys, check_bind
 from bitfit.serve.engine import Engine
 from bitfit.serve.logs import log
@@ -109,7 +109,7 @@ def _why_not(config: ServeConfig, error: OSError) -> str:
 
 
 async def serve(
-    service: Service,
+    service: Serves,
     keys: Keys,
     listener: socket.socket,
     *,
@@ -141,7 +141,7 @@ async def serve(
     )  # fmt: skip
     await service.start()
     try:
-        log("started", tasks=len(service.shelf), keys=len(keys), base=service.base.get("name"))
+        log("started", tasks=service.task_count, keys=len(keys), base=service.base.get("name"))
         on_ready()
         await server.serve(sockets=[listener])
     finally:
@@ -152,7 +152,7 @@ async def serve(
 class _Server(uvicorn.Server):
     """uvicorn that says first that it stops, and that ends a process as if it were done."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Serves) -> None:
         super().__init__(config)
         self._service = service
 

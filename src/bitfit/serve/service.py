@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import bitfit
@@ -26,7 +26,7 @@ from bitfit.serve.microbatch import (
 )
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.shelf import Change, Shelf, TaskInfo
-from bitfit.serve.uploads import Entry, Uploads
+from bitfit.serve.uploads import Entry, FolderFile, Listed, Uploads
 from bitfit.serve.wire import number
 from bitfit.taskfile import TaskFile
 from bitfit.terms import SYMBOLS
@@ -98,6 +98,11 @@ class Service:
         self.ready = True
 
     @property
+    def task_count(self) -> int:
+        """How many tasks can be asked."""
+        return len(self.shelf)
+
+    @property
     def broken(self) -> bool:
         """Whether nothing is answered any more, though nobody stopped it."""
         return self.queue.broken
@@ -155,7 +160,7 @@ class Service:
         except asyncio.CancelledError:
             self.metrics.refused("abandoned")
             raise
-        self.metrics.predicted(loop.time() - began, list(map(_outcome, found)))
+        self.metrics.predicted(loop.time() - began, list(map(outcome, found)))
         return found
 
     async def _predict(self, items: Sequence[Item], deadline: float) -> list[Found]:
@@ -204,23 +209,42 @@ class Service:
 
     # --- tasks ----------------------------------------------------------------------------------
 
-    async def put(self, name: str, data: bytes, *, pinned: bool = False) -> tuple[TaskInfo, bool]:
+    async def put(
+        self, name: str, data: bytes, *, pinned: bool = False, by: str | None = None
+    ) -> tuple[TaskInfo, bool]:
         """Add or replace a task by the file in ``data``; return it, and whether it is new.
+
+        Args:
+            name: the task's.
+            data: the bytes of a task file.
+            pinned: keep its row in memory.
+            by: a name of this very change: asked for again, at any server of the same folder, it
+                is not made again.
 
         Raises:
             TaskFileError: the file is refused.
             BitfitError: it cannot be kept.
         """
         async with self._changing:
-            info, is_new = await self._in("tasks", self._put, name, data, pinned)
+            info, is_new = await self._in("tasks", self._put, name, data, pinned, by)
         self._changed("added" if is_new else "replaced", info)
         return info, is_new
 
-    def _put(self, name: str, data: bytes, pinned: bool) -> tuple[TaskInfo, bool]:
+    def _put(self, name: str, data: bytes, pinned: bool, by: str | None) -> tuple[TaskInfo, bool]:
         file = TaskFile.from_bytes(data, "the upload")
+        with self._alone():
+            if (done := self._made(name, by)) is not None:
+                return self.shelf.info(name), len(done.files) == 1 and done.over is None
+            is_new = name not in self.shelf
+            if self.uploads is None:
+                return self.shelf.put(name, file, pinned=pinned), is_new
+            return self._put_kept(name, data, file, pinned, by), is_new
+
+    def _put_kept(
+        self, name: str, data: bytes, file: TaskFile, pinned: bool, by: str | None
+    ) -> TaskInfo:
+        assert self.uploads is not None
         is_new = name not in self.shelf
-        if self.uploads is None:
-            return self.shelf.put(name, file, pinned=pinned), is_new
         digest, is_kept = self.uploads.keep(data)
         source = str(self.uploads.path(digest))
         try:
@@ -230,25 +254,35 @@ class Service:
                 self.uploads.forget(digest)
             raise
         try:
-            self._record(name, digest, info.version)
+            self._record(name, digest, info.version, by)
         except BitfitError:  # neither here nor there
             self.shelf.remove(name) if is_new else self.shelf.rollback(name)
             raise
-        return info, is_new
+        return info
 
-    async def rollback(self, name: str) -> TaskInfo:
+    async def rollback(self, name: str, *, by: str | None = None) -> TaskInfo:
         """Make the version before the current one, under a new number, and return it.
+
+        Args:
+            name: the task's.
+            by: as of ``put``.
 
         Raises:
             UnknownTask: there is no such task.
             RequestFailed: 409, it has no version before.
         """
         async with self._changing:
-            info = await self._in("tasks", self._rollback, name)
+            info = await self._in("tasks", self._rollback, name, by)
         self._changed("rolled_back", info)
         return info
 
-    def _rollback(self, name: str) -> TaskInfo:
+    def _rollback(self, name: str, by: str | None) -> TaskInfo:
+        with self._alone():
+            if self._made(name, by) is not None:
+                return self.shelf.info(name)
+            return self._roll_back(name, by)
+
+    def _roll_back(self, name: str, by: str | None) -> TaskInfo:
         if not self.shelf.info(name).can_roll_back:
             raise RequestFailed(
                 409, f"task {name!r} has no version before this one", code="no_version_before"
@@ -256,30 +290,57 @@ class Service:
         info = self.shelf.rollback(name)
         if self.uploads is not None:
             digest, _ = self.uploads.keep(_bytes_of(self.shelf.file(name)))
-            self._record(name, digest, info.version)
+            self._record(name, digest, info.version, by)
         return info
 
-    async def remove(self, name: str) -> None:
+    async def remove(self, name: str, *, by: str | None = None) -> None:
         """Take a task out.
+
+        Args:
+            name: the task's.
+            by: as of ``put``.
 
         Raises:
             UnknownTask: there is no such task.
         """
         async with self._changing:
-            info = await self._in("tasks", self._remove, name)
-        self._changed("removed", info)
+            info = await self._in("tasks", self._remove, name, by)
+        if info is not None:
+            self._changed("removed", info)
 
-    def _remove(self, name: str) -> TaskInfo:
-        info = self.shelf.info(name)
-        if self.uploads is not None:
-            self._record(name, None, info.version)
-        self.shelf.remove(name)
-        return info
+    def _remove(self, name: str, by: str | None) -> TaskInfo | None:
+        with self._alone():
+            if self._made(name, by) is not None:
+                return None
+            info = self.shelf.info(name)
+            if self.uploads is not None:
+                self._record(name, None, info.version, by)
+            self.shelf.remove(name)
+            return info
 
-    def _record(self, name: str, digest: str | None, version: int) -> None:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Be the only server that changes tasks, with what the others did taken over.
+
+        Else two that share a folder would give one number to two versions, and remember other
+        versions before.
+        """
+        if self.uploads is None:
+            yield
+            return
+        with self.uploads.locked():
+            self._look()
+            yield
+
+    def _made(self, name: str, by: str | None) -> Entry | None:
+        """Return what a change left that was made already; None: it was not."""
+        entry = self._applied.get(name)
+        return entry if by is not None and entry is not None and entry.by == by else None
+
+    def _record(self, name: str, digest: str | None, version: int, by: str | None) -> None:
         assert self.uploads is not None
         self._applied[name] = self.uploads.record(
-            name, digest, version=version, over=self._in_folder.get(name)
+            name, digest, version=version, over=self._in_folder.get(name), by=by
         )
 
     def _changed(self, change: str, info: TaskInfo) -> None:
@@ -332,18 +393,24 @@ class Service:
         while True:
             await asyncio.sleep(self.config.watch_seconds)
             try:
-                async with self._changing:
-                    await self._in("tasks", self._look)
+                await self.look()
             except BitfitError as error:
                 log("watch_failed", level=logging.WARNING, message=str(error))
             except Exception:
                 log("watch_failed", level=logging.ERROR, trace=True)
 
+    async def look(self) -> None:
+        """Take over at once what changed in the folder, and what other servers were sent.
+
+        Raises:
+            BitfitError: the list of uploaded tasks is damaged.
+        """
+        async with self._changing:
+            await self._in("tasks", self._look)
+
     def _look(self, strict: bool = False) -> None:
-        """Take over what changed in the folder, and what other servers were sent."""
-        assert self.config.tasks is not None
-        for change in self.shelf.sync(self.config.tasks):
-            self._note(change)
+        if self.config.tasks is not None:
+            self._look_at_folder(self.config.tasks)
         if self.uploads is None or not (strict or self.uploads.has_changed()):
             return
         for name, entry in self.uploads.entries().items():
@@ -357,6 +424,25 @@ class Service:
                 self.uploads.look_again()
                 log("upload_failed", level=logging.WARNING, task=name, message=str(error))
 
+    def _look_at_folder(self, folder: str) -> None:
+        listed: Listed | None = None
+
+        def number(name: str, fingerprint: str) -> int:
+            """Return the version that a file has at least, by what all servers wrote down."""
+            nonlocal listed
+            if listed is None:
+                listed = self.uploads.listed() if self.uploads is not None else Listed()
+            return listed.number(name, fingerprint)
+
+        replaced = {}
+        for change in self.shelf.sync(folder, number):
+            self._note(change)
+            if change.info is not None and change.info.version > 1:
+                replaced[change.name] = FolderFile(change.info.fingerprint, change.info.version)
+        if replaced and self.uploads is not None:
+            with suppress(BitfitError):  # a folder that may only be read: each counts for itself
+                self.uploads.record_folder(replaced)
+
     def _apply(self, name: str, entry: Entry) -> None:
         """Make of a task what the list of uploads says; its version before can come back too."""
         assert self.uploads is not None
@@ -365,7 +451,8 @@ class Service:
             with suppress(UnknownTask):
                 self.shelf.remove(name)
             return
-        digests = entry.files[-1:] if name in self.shelf else entry.files[-2:]
+        has_before = name in self.shelf and self.shelf.info(name).version >= entry.version - 1
+        digests = entry.files[-1:] if has_before else entry.files[-2:]
         for earlier, digest in zip(range(len(digests) - 1, -1, -1), digests, strict=True):
             info = self.shelf.put(
                 name, self.uploads.read(digest), source=str(self.uploads.path(digest)),
@@ -390,29 +477,34 @@ class Service:
 
     # --- numbers --------------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, Any]:
+    async def stats(self) -> dict[str, Any]:
         """Return what ``/v1/stats`` answers."""
-        config = self.config
         return self.metrics.recent() | {
             "queue": {"items": self.queue.items, "tokens": self.queue.tokens},
             "tasks": len(self.shelf),
             "resident": self.shelf.resident,
             "base": self.base,
-            "limits": {
-                "max_items": config.max_items, "max_text_chars": config.max_text_chars,
-                "max_body_bytes": config.max_body_bytes, "deadline_ms": config.deadline_ms,
-                "max_upload_bytes": config.max_upload_bytes,
-            },
+            "limits": describe_limits(self.config),
             "version": bitfit.__version__,
-        }  # fmt: skip
+        }
 
-    def render_metrics(self) -> bytes:
+    async def render_metrics(self) -> bytes:
         """Return what ``/metrics`` answers."""
+        self.measure()
+        return self.metrics.render()
+
+    def measure(self) -> None:
+        """Set the metrics that are no counters."""
         self.metrics.queue_items.set(self.queue.items)
         self.metrics.queue_tokens.set(self.queue.tokens)
         self.metrics.tasks.set(len(self.shelf))
         self.metrics.resident.set(self.shelf.resident)
-        return self.metrics.render()
+
+
+def describe_limits(config: ServeConfig) -> dict[str, Any]:
+    """Return what a server says of its limits."""
+    names = ("max_items", "max_text_chars", "max_body_bytes", "deadline_ms", "max_upload_bytes")
+    return {name: getattr(config, name) for name in names}
 
 
 def _bytes_of(file: TaskFile) -> bytes:
@@ -443,7 +535,8 @@ def _too_long(what: str, found: int, limit: int) -> RequestFailed:
     return RequestFailed(422, f"{found} {what}, at most {limit} are allowed", code="too_long")
 
 
-def _outcome(found: Found) -> tuple[str, str | None]:
+def outcome(found: Found) -> tuple[str, str | None]:
+    """Return what came of an item, for its count, and its task where that is known."""
     if isinstance(found, Answer):
         return "answered", found.task
     return ("unknown_task", None) if isinstance(found, UnknownTask) else ("failed", None)

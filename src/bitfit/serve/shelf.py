@@ -10,6 +10,7 @@ import math
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -304,7 +305,9 @@ class Shelf:
             return None
         return _Before(seal, self.tasks.restore(old.held), None, old.pinned)
 
-    def sync(self, directory: str | Path) -> list[Change]:
+    def sync(
+        self, directory: str | Path, number: Callable[[str, str], int] | None = None
+    ) -> list[Change]:
         """Look once at a directory of task files, and return what was done.
 
         A task is called as its file is, less ``.bitfit.safetensors``. What is there for the first
@@ -313,6 +316,7 @@ class Shelf:
 
         Args:
             directory: a folder, or a URL of any file system that fsspec knows.
+            number: of a name and a fingerprint, the version that a file has at least.
         """
         directory = str(directory)
         with self._syncing:
@@ -327,7 +331,7 @@ class Shelf:
                     continue
                 name = file_name.removesuffix(SUFFIX)
                 try:
-                    change = self._sync_file(name, path)
+                    change = self._sync_file(name, path, number)
                     seen[path] = sign
                 except UnreadableTaskFile as error:  # perhaps only now: tried at the next look
                     told = seen.get(path) == str(error)
@@ -339,7 +343,9 @@ class Shelf:
                 changes += self._sync_gone(path)
             return changes
 
-    def _sync_file(self, name: str, path: str) -> Change | None:
+    def _sync_file(
+        self, name: str, path: str, number: Callable[[str, str], int] | None
+    ) -> Change | None:
         if not NAME.fullmatch(name):
             what = "a task's name has letters, digits, '_', '.' and '-', at most 100 of them"
             return Change("refused", name, path, f"{path}: {what}")
@@ -350,7 +356,8 @@ class Shelf:
             with self._lock:
                 old = self._current.get(name)
             pinned = old is not None and old.pinned
-            info = self.put(name, file, source=path, pinned=pinned)
+            version = 1 if number is None else number(name, file.seal[:FINGERPRINT])
+            info = self.put(name, file, source=path, pinned=pinned, version=version)
             self._seals[path] = file.seal
         except UnreadableTaskFile:
             raise

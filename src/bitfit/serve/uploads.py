@@ -2,14 +2,16 @@
 
 ``DIR/.uploads/<sha256>.bitfit.safetensors`` are the files, ``DIR/.uploads/tasks.json`` says which
 task has which. No path is made of a name that came over the network. Several servers may share the
-folder: each change is made under a lock, and each reads what the others wrote.
+folder: each change is made under a lock, and each reads what the others wrote. The list also has
+the version numbers of files that were replaced in the folder itself, so that all servers, and one
+that is started again, call a file's version by the same number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,48 @@ class Entry:
 
     Where that folder has another by now, it is newer and the entry counts no more.
     """
+    by: str | None = None
+    """Who asked for the change, where it may be asked for again: it is made once."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry ready for JSON."""
-        return {"files": list(self.files), "version": self.version, "over": self.over}
+        found = {"files": list(self.files), "version": self.version, "over": self.over}
+        return found if self.by is None else found | {"by": self.by}
+
+
+@dataclass(frozen=True)
+class FolderFile:
+    """A file that a look found in the tasks' folder."""
+
+    fingerprint: str
+    version: int
+
+
+@dataclass
+class Listed:
+    """What the list has."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    folder: dict[str, FolderFile] = field(default_factory=dict)
+
+    def number(self, name: str, fingerprint: str) -> int:
+        """Return the version that a file found in the folder has at least."""
+        last, entry = self.folder.get(name), self.entries.get(name)
+        if last is not None and last.fingerprint == fingerprint:
+            return last.version
+        before = 0 if last is None else last.version
+        if entry is not None and entry.over != fingerprint:  # it came after that change
+            before = max(before, entry.version)
+        return before + 1
+
+    def to_bytes(self) -> bytes:
+        """Return it as it is written."""
+        document = {
+            "format": FORMAT,
+            "tasks": {name: entry.to_json() for name, entry in self.entries.items()},
+            "folder": {name: [f.fingerprint, f.version] for name, f in self.folder.items()},
+        }
+        return dump_json(document).encode()
 
 
 class Uploads:
@@ -59,6 +99,7 @@ class Uploads:
         self.directory = Path(directory) / FOLDER
         self._list = self.directory / "tasks.json"
         self._seen: tuple[int, int, int] | None = None
+        self._lock = FileLock(self.directory / "lock", timeout=LOCK_SECONDS)
 
     def path(self, digest: str) -> Path:
         """Return where the file with this SHA-256 is."""
@@ -88,22 +129,45 @@ class Uploads:
         """
         return TaskFile.load(self.path(digest))
 
-    def record(self, name: str, digest: str | None, *, version: int, over: str | None) -> Entry:
+    def record(
+        self, name: str, digest: str | None, *, version: int, over: str | None,
+        by: str | None = None,
+    ) -> Entry:  # fmt: skip
         """Write down that ``name`` has this file now, None: that it was removed.
 
         Raises:
             BitfitError: the list cannot be read or written.
         """
-        with self._locked():
-            entries = self._read()
+        with self.locked():
+            found = self._read()
+            entries = found.entries
             before = entries.get(name)
             files = before.files if before is not None and before.over == over else ()
             files = () if digest is None else (*files, digest)[-KEPT:]
-            entries[name] = Entry(files, version, over)
-            document = {"format": FORMAT, "tasks": {n: e.to_json() for n, e in entries.items()}}
-            atomic_write(self._list, dump_json(document).encode())
+            entries[name] = Entry(files, version, over, by)
+            atomic_write(self._list, found.to_bytes())
             self._drop_unused(entries, (() if before is None else before.files))
         return entries[name]
+
+    def record_folder(self, files: Mapping[str, FolderFile]) -> None:
+        """Write down which versions the folder's files are, where that is not known already.
+
+        Raises:
+            BitfitError: the list cannot be read or written.
+        """
+        with self.locked():
+            found = self._read()
+            if any(found.folder.get(name) != file for name, file in files.items()):
+                found.folder |= files
+                atomic_write(self._list, found.to_bytes())
+
+    def listed(self) -> Listed:
+        """Return all that the list has now.
+
+        Raises:
+            BitfitError: the list is damaged, or cannot be read.
+        """
+        return self._read()
 
     def has_changed(self) -> bool:
         """Return whether the list was written since :meth:`entries` was last called."""
@@ -122,7 +186,7 @@ class Uploads:
         seen = self._signature()
         found = self._read()
         self._seen = seen
-        return found
+        return found.entries
 
     def forget(self, digest: str) -> None:
         """Remove a file that no task has."""
@@ -130,11 +194,15 @@ class Uploads:
             self.path(digest).unlink(missing_ok=True)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Return a context in which no other server changes anything; within another it is none.
+
+        Raises:
+            BitfitError: another server holds it for long, or it cannot be written.
+        """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.directory / "lock", timeout=LOCK_SECONDS)
-            lock.acquire()
+            self._lock.acquire()
         except Timeout:
             raise BitfitError(f"{self.directory}: locked by another server; try again") from None
         except OSError as error:
@@ -144,7 +212,7 @@ class Uploads:
         try:
             yield
         finally:
-            lock.release()
+            self._lock.release()
 
     def _drop_unused(self, entries: Mapping[str, Entry], before: tuple[str, ...]) -> None:
         used = {digest for entry in entries.values() for digest in entry.files}
@@ -159,12 +227,12 @@ class Uploads:
             return None
         return status.st_ino, status.st_mtime_ns, status.st_size
 
-    def _read(self) -> dict[str, Entry]:
+    def _read(self) -> Listed:
         try:
             with self._list.open("rb") as file:
                 data = file.read(MAX_LIST_BYTES + 1)
         except FileNotFoundError:
-            return {}
+            return Listed()
         except OSError as error:
             raise BitfitError(f"{self._list}: cannot be read: {error.strerror or error}") from error
         try:
@@ -175,14 +243,17 @@ class Uploads:
             ) from None
 
 
-def _parse(data: bytes) -> dict[str, Entry]:
+def _parse(data: bytes) -> Listed:
     if len(data) > MAX_LIST_BYTES:
         raise ValueError(f"more than {MAX_LIST_BYTES} bytes")
     match parse_json(data):
-        case {"format": int(number), "tasks": dict(tasks)}:
+        case {"format": int(number), "tasks": dict(tasks), **more}:
             if number != FORMAT:
                 raise ValueError(f"format {number}, this bitfit reads {FORMAT}")
-            return {str(name): _parse_entry(name, value) for name, value in tasks.items()}
+            return Listed(
+                {str(name): _parse_entry(name, value) for name, value in tasks.items()},
+                _parse_folder(more.get("folder", {})),
+            )
     raise ValueError("no list of uploaded tasks")
 
 
@@ -190,5 +261,19 @@ def _parse_entry(name: str, value: object) -> Entry:
     match value:
         case {"files": list(files), "version": int(version), "over": None | str() as over}:
             if all(isinstance(digest, str) and is_sha256(digest) for digest in files):
-                return Entry(tuple(files), version, over)
+                by = value.get("by") if isinstance(value, dict) else None
+                return Entry(tuple(files), version, over, by if isinstance(by, str) else None)
     raise ValueError(f"the entry of {name!r:.80} is damaged")
+
+
+def _parse_folder(value: object) -> dict[str, FolderFile]:
+    found = {}
+    if not isinstance(value, dict):
+        raise ValueError("the versions of the folder's files are damaged")
+    for name, one in value.items():
+        match one:
+            case [str(fingerprint), int(version)]:
+                found[str(name)] = FolderFile(fingerprint, version)
+            case _:
+                raise ValueError(f"the version of the file of {name!r:.80} is damaged")
+    return found

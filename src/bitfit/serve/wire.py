@@ -250,6 +250,9 @@ class StatsOut(BaseModel):
     base: dict[str, JsonValue]
     limits: dict[str, JsonValue]
     version: str
+    replicas: list[dict[str, JsonValue]] | None = Field(
+        default=None, description="Of each replica, where there are several."
+    )
 
 
 class HealthOut(BaseModel):
