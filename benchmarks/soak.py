@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
-import os
 import random
 import statistics
 import sys
@@ -175,8 +175,7 @@ def measure_sharpness(
         wrong = answers_alone(encoder, mixed, texts)
         rows += [difference(wrong[text], content.answers[text]) for text in texts]
         others += [
-            difference(content.answers[a], content.answers[b])
-            for a, b in zip(texts, texts[1:], strict=False)
+            difference(content.answers[a], content.answers[b]) for a, b in itertools.pairwise(texts)
         ]
     found = {}
     for what, gaps in (("row", rows), ("text", others)):
@@ -213,6 +212,7 @@ class History:
 
     @property
     def now(self) -> State:
+        """The last state."""
         return self.states[-1]
 
     @contextmanager
@@ -294,6 +294,7 @@ class Soak:
 
     @property
     def is_over(self) -> bool:
+        """Whether the clients stop."""
         return (
             self.items >= self.arguments.items
             or time.monotonic() >= self.until
@@ -301,6 +302,7 @@ class Soak:
         )
 
     def blame(self, what: str) -> None:
+        """Note something that must not be."""
         self.violations.append(f"after {self.items} items: {what}"[:600])
 
     async def send(self, connection: Connection, request: bytes, what: str) -> Reply | None:
@@ -357,7 +359,7 @@ async def go_away(soak: Soak, request: bytes, seconds: float) -> None:
 
 
 async def send_nonsense(soak: Soak, connection: Connection, request: bytes) -> None:
-    head, _, body = request.partition(b"\r\n\r\n")
+    body = request.partition(b"\r\n\r\n")[2]
     cut = request_bytes("POST", "/v1/predict", body, "application/json")
     reply = await soak.send(connection, cut, "nonsense")
     if reply is not None and (reply.status, error_code(reply)) != (400, "bad_json"):
@@ -378,7 +380,9 @@ async def check_request(
     answers = read_answers(items, reply)
     if answers is None:
         code = error_code(reply)
-        usual = {(429, "queue_full"), (503, "busy")} | ({(504, "deadline")} if has_deadline else set())
+        usual = {(429, "queue_full"), (503, "busy")} | (
+            {(504, "deadline")} if has_deadline else set()
+        )
         if (reply.status, code) not in usual:
             soak.blame(f"{len(items)} items: {reply.status} {reply.body[:300]!r}")
         soak.counts[f"requests refused: {code}"] += 1
@@ -388,9 +392,7 @@ async def check_request(
     soak.counts["requests answered"] += 1
     for item, answer in zip(items, answers, strict=True):
         history = soak.histories.get(item["task"], NEVER)
-        wrong = check_item(
-            item, answer, history.between(begin, end), soak.arguments.tolerance
-        )
+        wrong = check_item(item, answer, history.between(begin, end), soak.arguments.tolerance)
         if wrong is not None:
             soak.blame(f"task {item['task']!r}, text {item['text']!r}: {wrong}")
         error = answer.get("error")
@@ -484,9 +486,7 @@ class Editor:
         if before is None:
             await self.expect(name, request, 409, "no_version_before")
             return
-        state = State(
-            before.content, now.version + 1, time.monotonic(), is_pinned=before.is_pinned
-        )
+        state = State(before.content, now.version + 1, time.monotonic(), is_pinned=before.is_pinned)
         if await self.change(name, state, request, 200, "rolled back"):
             self.before[name] = now
 
@@ -505,9 +505,7 @@ class Editor:
         request = request_bytes("PUT", f"/v1/tasks/{name}", bytes(data))
         await self.expect(name, request, 422, "bad_file")
 
-    async def change(
-        self, name: str, state: State, request: bytes, status: int, what: str
-    ) -> bool:
+    async def change(self, name: str, state: State, request: bytes, status: int, what: str) -> bool:
         """Send a change; return whether it was made as it should."""
         with self.soak.histories[name].change(state):
             reply = await self.soak.send(self.connection, request, f"{name} {what}")
@@ -692,8 +690,10 @@ def show(found: Mapping[str, Any]) -> None:
         print(f"memory: {memory['after_warm_up_mb']} MB after warming up, {memory['at_end_mb']} MB "
               f"at the end ({memory['bytes_per_item']} bytes an item)")  # fmt: skip
     sharp = found["sharpness"]
-    print(f"of answers by a wrong row {sharp['wrong_row_seen']:.1%} would be seen: they differ by "
-          f"{sharp['wrong_row_median_difference']:.2g}, {found['tolerance']:g} is allowed")  # fmt: skip
+    print(
+        f"of answers by a wrong row {sharp['wrong_row_seen']:.1%} would be seen: they differ by "
+        f"{sharp['wrong_row_median_difference']:.2g}, {found['tolerance']:g} is allowed"
+    )
     print("all held" if not found["violations"] else f"{len(found['violations'])} did not hold:")
     for violation in found["violations"]:
         print(" ", violation)
@@ -732,7 +732,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=7200.0, help="no longer than that")
     parser.add_argument("--clients", type=int, default=24, help="that ask at once")
     parser.add_argument("--editors", type=int, default=3, help="that change tasks at once")
-    parser.add_argument("--pause", type=float, default=0.3, help="seconds between an editor's changes")
+    parser.add_argument(
+        "--pause", type=float, default=0.3, help="seconds between an editor's changes"
+    )
     parser.add_argument("--tasks", type=int, default=60, help="names that are used")
     parser.add_argument("--files", type=int, default=64, help="different task files")
     parser.add_argument("--texts", type=int, default=32, help="different texts")

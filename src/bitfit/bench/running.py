@@ -78,7 +78,7 @@ def _port(process: subprocess.Popen[str], log: Path) -> int:
     if not line:
         process.wait()
         raise BitfitError(f"the server did not start: {last_lines(log)}")
-    port = urlsplit(json.loads(line)["address"]).port
+    port: int | None = urlsplit(json.loads(line)["address"]).port
     assert port is not None
     return port
 

@@ -97,7 +97,7 @@ def serve(
     SIGTERM ends the server after what it has accepted. Needs the extra: serve.
     """  # fmt: skip
     given = dict(locals())
-    _check_extra()
+    check_extra()
     run(given)
 
 
@@ -167,7 +167,12 @@ def _remarks(config: Any, keys: int, tasks: str | None) -> list[str]:
     return found
 
 
-def _check_extra() -> None:
+def check_extra() -> None:
+    """Refuse to go on without what a server needs.
+
+    Raises:
+        MissingExtra: the extra ``serve`` is not installed.
+    """
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
