@@ -271,15 +271,20 @@ class Service:
 
     def _remove(self, name: str) -> TaskInfo:
         info = self.shelf.info(name)
-        if self.uploads is not None:
-            self._record(name, None, info.version)
-        self.shelf.remove(name)
+        if self.uploads is None:
+            self.shelf.remove(name)
+        else:  # nobody may still want to read the files that go
+            self._record(name, None, info.version, then=lambda: self.shelf.remove(name))
         return info
 
-    def _record(self, name: str, digest: str | None, version: int) -> None:
+    def _record(
+        self, name: str, digest: str | None, version: int,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         assert self.uploads is not None
+        over = self._in_folder.get(name)
         self._applied[name] = self.uploads.record(
-            name, digest, version=version, over=self._in_folder.get(name)
+            name, digest, version=version, over=over, then=then
         )
 
     def _changed(self, change: str, info: TaskInfo) -> None:

@@ -7,7 +7,7 @@ folder: each change is made under a lock, and each reads what the others wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -88,8 +88,18 @@ class Uploads:
         """
         return TaskFile.load(self.path(digest))
 
-    def record(self, name: str, digest: str | None, *, version: int, over: str | None) -> Entry:
+    def record(
+        self, name: str, digest: str | None, *, version: int, over: str | None,
+        then: Callable[[], None] = lambda: None,
+    ) -> Entry:  # fmt: skip
         """Write down that ``name`` has this file now, None: that it was removed.
+
+        Args:
+            name: of the task.
+            digest: SHA-256 of its file's bytes.
+            version: its number.
+            over: fingerprint of the file of that name in the tasks' folder.
+            then: called when it is written, before files that no task has any more are removed.
 
         Raises:
             BitfitError: the list cannot be read or written.
@@ -102,6 +112,7 @@ class Uploads:
             entries[name] = Entry(files, version, over)
             document = {"format": FORMAT, "tasks": {n: e.to_json() for n, e in entries.items()}}
             atomic_write(self._list, dump_json(document).encode())
+            then()
             self._drop_unused(entries, (() if before is None else before.files))
         return entries[name]
 
