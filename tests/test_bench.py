@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -20,7 +22,7 @@ from bitfit.bench.train import make_plan, make_rows
 from bitfit.bench.variants import choose_variants
 from bitfit.cli import main
 from bitfit.encoder import Encoder
-from bitfit.errors import BitfitError
+from bitfit.errors import BitfitError, UsageError
 from bitfit.training.train import pass_tokens
 
 FAST_FP32 = {"fp32": 50.0, "bf16": 5.0}
@@ -467,7 +469,7 @@ def test_many_tasks_are_timed_beside_other_ways(checkpoint, capsys):
     assert run([*command, "--json", "--quiet"]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in report["rows"]}
-    names = "folded mixed-1 mixed-3 engine-3 swap-3 plain separate-4 pipeline lora-32"
+    names = "folded mixed-1 mixed-3 engine-3 swap-3 plain separate-3 pipeline lora-32"
     assert list(rows) == names.split()
     for name, row in rows.items():
         if name != "lora-32" or row["note"] is None:
@@ -487,3 +489,178 @@ def test_every_batch_asks_other_tasks_each_of_them_as_often():
     many = [Request(i, [None] * 8, []).tasks(1000) for i in range(2)]
     assert all(len(set(tasks)) == 8 for tasks in many)
     assert many[0] != many[1]
+
+
+# ------------------------------------------------------------------ over HTTP
+
+
+INFINITY = '''#!{python}
+"""Speaks as infinity_emb does."""
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer(200 if self.path == "/health" else 404)
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        is_known = self.path == "/classify" and asked["model"] == given("--served-model-name")
+        self.answer(200 if is_known else 404)
+
+    def answer(self, status):
+        self.send_response(status)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{{}}")
+
+    def log_message(self, *words):
+        pass
+
+def given(option):
+    return sys.argv[sys.argv.index(option) + 1]
+
+assert (Path(given("--model-id")) / "model.safetensors").exists()
+assert (Path(given("--model-id")) / "tokenizer.json").exists()
+ThreadingHTTPServer(("127.0.0.1", int(given("--port"))), Handler).serve_forever()
+'''
+
+
+def executable(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script as a command")
+def test_a_server_is_timed_beside_its_engine_and_another_server(
+    checkpoint: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("fastapi")
+    other = executable(tmp_path / "infinity_emb", INFINITY.format(python=sys.executable))
+    words = ["--tasks", "1,3", "--items", "4", "--rounds", "1", "--clients", "3",
+             "--seconds", "0.3", "--storage", "fp16", "--infinity", other]  # fmt: skip
+    code = main(["bench", "serve", "--http", "--base", checkpoint(), *words, "--json", "--quiet"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["command"].endswith("--http")
+    assert (report["clients"], report["storage"]) == (3, "fp16")
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == [
+        "engine-1", "http-1-4", "http-1-1", "engine-3", "http-3-4", "http-3-1", "infinity-4",
+        "infinity-1",
+    ]  # fmt: skip
+    for name, row in rows.items():
+        assert row["items_per_second_by_round"] == [row["items_per_second"]]
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["ratio_to_engine"] > 0
+        assert (row["server"] is not None) == name.startswith("http-")
+    inside = rows["http-3-1"]["server"]
+    assert inside["request_ms"] > inside["batch_ms"] > 0
+    assert 1 <= inside["batch_items"] <= 3  # of three clients with one text each
+    assert report["adding"]["put_ms"] > 0
+    load = report["overload"]
+    assert load["answered"] > 0
+    assert load["failed"] == 0
+    if Path("/proc/self/status").exists():
+        assert min(load["server_bytes"]) > 0
+        assert all(row["cpu_ms_per_item"] is not None for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--clients", "3"], "--clients is of the server: give --http too"),
+        (["--infinity", "none"], "--infinity is of the server: give --http too"),
+        (["--storage", "fp64"], "--storage 'fp64' is not one of"),
+        (["--http", "--seconds", "0"], "--seconds"),
+    ],
+)
+def test_misuse_of_serving_is_refused_before_anything_runs(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "serve", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_server_that_is_not_there_or_does_not_start_is_named(
+    checkpoint: Callable[..., str], tmp_path: Path
+) -> None:
+    from bitfit.bench.infinity import infinity
+
+    with (
+        pytest.raises(UsageError, match=r"no such file; expected the command infinity_emb"),
+        infinity(tmp_path / "none", checkpoint(), 4),
+    ):
+        pass
+    broken = executable(tmp_path / "broken", "#!/bin/sh\necho no such engine\nexit 3\n")
+    with (
+        pytest.raises(BitfitError, match="infinity did not start: no such engine"),
+        infinity(Path(broken), checkpoint(), 4),
+    ):
+        pass
+
+
+def test_a_server_that_does_not_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitfit.bench.running import running
+
+    broken = executable(tmp_path / "python", "#!/bin/sh\necho no such base >&2\nexit 1\n")
+    monkeypatch.setattr(sys, "executable", broken)
+    with (
+        pytest.raises(BitfitError, match="the server did not start: no such base"),
+        running("minilm", tmp_path),
+    ):
+        pass
+
+
+def test_load_counts_what_was_refused_and_what_failed() -> None:
+    """Of a server that answers in turns 200, 429, 500 and nothing at all."""
+    from bitfit.bench.connection import request_bytes
+    from bitfit.bench.load import closed_loop, open_loop
+
+    turns = itertools.cycle([200, 429, 500, None])
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.readuntil(b"\r\n\r\n"):
+            status = next(turns)
+            if status is None:
+                break
+            writer.write(f"HTTP/1.1 {status} So\r\ncontent-length: 2\r\n\r\n{{}}".encode())
+        writer.close()
+
+    async def check() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            requests = [request_bytes("GET", "/")]
+            load = await open_loop(port, requests, 200, 0.3)
+            number = len(load.times) + load.refused + load.failed
+            assert number == pytest.approx(60, abs=20)
+            assert load.refused == pytest.approx(number / 4, abs=1)
+            assert load.failed == pytest.approx(number / 2, abs=2)
+            with pytest.raises(ExceptionGroup) as found:
+                await closed_loop(port, requests, 1, 10)
+            assert "answered" in str(found.value.exceptions[0])
+
+    asyncio.run(check())
+
+
+def test_as_many_separate_models_are_loaded_as_memory_has_room_for(
+    open_tiny: Callable[..., Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitfit.bench import contenders
+
+    encoder = open_tiny("bert")
+    one = sum(p.numel() * p.element_size() for p in encoder.model.parameters())
+    free = tmp_path / "meminfo"
+    free.write_text(f"MemTotal: 9 kB\nMemAvailable:   {one * 21 // 2 // 1024} kB\n")
+    monkeypatch.setattr(contenders, "MEMINFO", free)
+    assert contenders.count_separate(encoder, 3) == 3
+    assert contenders.count_separate(encoder, 32) == 5  # half of the free memory
+    monkeypatch.setattr(contenders, "MEMINFO", tmp_path / "none")
+    assert contenders.count_separate(encoder, 32) == 4

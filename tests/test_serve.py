@@ -427,6 +427,22 @@ def test_any_flipped_bit_of_an_upload_is_refused():
     in_site(check)
 
 
+def test_the_file_of_a_task_goes_when_nobody_can_ask_the_task_any_more(tmp_path, monkeypatch):
+    uploads, there = Uploads(tmp_path), []
+
+    async def check(site, client):
+        forget = uploads.forget
+        monkeypatch.setattr(
+            uploads, "forget", lambda digest: (there.append("new" in site.shelf), forget(digest))
+        )
+        assert (await client.put("/v1/tasks/new", content=GOOD)).status_code == 201
+        assert (await client.delete("/v1/tasks/new")).status_code == 204
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+    in_site(check, uploads=uploads)
+    assert there == [False]
+
+
 def test_a_file_of_another_base_is_409_and_is_not_kept(tmp_path):
     other = task_file(base=BaseIdentity("other", None, "a" * 64, "d" * 64, "0123abcd"))
 

@@ -142,6 +142,26 @@ def test_the_least_recently_used_rows_are_dropped_and_read_again(encoder, tmp_pa
     assert shelf.resident == 4
 
 
+def test_a_task_that_is_removed_with_its_file_while_its_row_is_read_is_unknown(
+    encoder, tmp_path, monkeypatch
+):
+    shelf = Shelf(encoder, max_resident=1)
+    for seed, name in enumerate(("a", "b")):
+        path = tmp_path / name
+        make_task(encoder, seed=seed).save(path)
+        shelf.put(name, make_task(encoder, seed=seed), source=str(path))
+    read = shelf_module.read_source
+
+    def removed_meanwhile(source):
+        shelf.remove("a")
+        (tmp_path / "a").unlink()
+        return read(source)
+
+    monkeypatch.setattr(shelf_module, "read_source", removed_meanwhile)
+    with pytest.raises(UnknownTask, match="unknown task 'a'"):
+        shelf.lease("a")
+
+
 def test_a_file_that_changed_under_a_dropped_row_is_no_answer(encoder, tmp_path):
     shelf = Shelf(encoder, max_resident=1)
     put_saved(shelf, tmp_path, "a", make_task(encoder, seed=1))

@@ -7,9 +7,11 @@ or have no heads, do less than what is asked; their rows say so.
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +32,13 @@ from bitfit.tasks import Task, TextExample
 from bitfit.terms import FAMILIES, choose_sites
 
 LORA_RANK = 8
+MEMINFO = Path("/proc/meminfo")
 ADAPTERS = 32
-SEPARATE = 4
 LABELS = 3
+MEMORY_SHARE = 0.5
+"""Of the free memory that separate models may take."""
+FEW = 4
+"""Separate models where nobody says how much memory is free."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def _held(shelf: Shelf, count: int) -> list[HeldTask]:
 
 def plain(base: str, device: torch.device) -> Answer:
     """Return one task in transformers' own classifier, padded to the longest of the batch."""
-    model = _classifier(base, device)
+    model = classifier(base, device)
 
     @torch.inference_mode()
     def answer(request: Request) -> object:
@@ -161,9 +167,9 @@ def plain(base: str, device: torch.device) -> Answer:
     return answer
 
 
-def separate(base: str, device: torch.device, count: int = SEPARATE) -> Answer:
-    """Return a model for each of a few tasks, each padded to the longest of its own texts."""
-    models = [_classifier(base, device) for _ in range(count)]
+def separate(base: str, device: torch.device, count: int) -> Answer:
+    """Return a model for each of so many tasks, each padded to the longest of its own texts."""
+    models = [classifier(base, device) for _ in range(count)]
 
     @torch.inference_mode()
     def answer(request: Request) -> object:
@@ -184,7 +190,7 @@ def pipeline(base: str, device: torch.device) -> Answer:
     with quiet_transformers():
         tokenizer = transformers.AutoTokenizer.from_pretrained(find_base(base))
         run: Any = transformers.pipeline(
-            "text-classification", model=_classifier(base, device), tokenizer=tokenizer,
+            "text-classification", model=classifier(base, device), tokenizer=tokenizer,
             device=device,
         )  # fmt: skip
 
@@ -241,8 +247,8 @@ def _targets(model: Any, *terms: str) -> list[str]:
     return [FAMILIES[family][term].rpartition(".")[2] for term in terms]
 
 
-def _classifier(base: str, device: torch.device) -> Any:
-    """Return transformers' own classifier in fp32 and its default attention."""
+def classifier(base: str, device: torch.device) -> Any:
+    """Return transformers' own classifier in fp32 and its default attention, its head random."""
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(0)
@@ -267,16 +273,33 @@ def _padded(model: Any, features: Sequence[Feature], device: torch.device) -> Ma
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def choose_contenders(base: str, shelf: Shelf, counts: Sequence[int]) -> list[Contender]:
+def count_separate(encoder: Encoder, wanted: int) -> int:
+    """Return how many separate models are loaded: ``wanted``, or what memory has room for."""
+    one = sum(p.numel() * p.element_size() for p in encoder.model.parameters())
+    if encoder.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(encoder.device)
+    elif MEMINFO.exists():
+        found = re.search(r"^MemAvailable: +(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.M)
+        free = int(found[1]) * 1024 if found is not None else 0
+    else:
+        return min(wanted, FEW)
+    return max(1, min(wanted, int(MEMORY_SHARE * free / one)))
+
+
+def choose_contenders(
+    base: str, shelf: Shelf, counts: Sequence[int], items: int
+) -> list[Contender]:
     """Return all that have their turn.
 
     Args:
         base: where the others load the base from.
         shelf: with at least as many tasks as the largest of ``counts``.
         counts: the numbers of tasks that batches are drawn from.
+        items: texts in a batch, which can name no more tasks.
     """
     encoder, device = shelf.encoder, shelf.encoder.device
     most = max(counts)
+    models = count_separate(encoder, min(most, items))
     found = [
         Contender("folded", "one task folded into a plain packed model", 1,
                   lambda: folded(encoder)),
@@ -291,8 +314,8 @@ def choose_contenders(base: str, shelf: Shelf, counts: Sequence[int]) -> list[Co
                   lambda: swapped(shelf, most)),
         Contender("plain", "one task, transformers padded to the longest", 1,
                   lambda: plain(base, device)),
-        Contender(f"separate-{SEPARATE}", f"{SEPARATE} separate transformers models", SEPARATE,
-                  lambda: separate(base, device)),
+        Contender(f"separate-{models}", f"{models} separate transformers models", models,
+                  lambda: separate(base, device, models)),
         Contender("pipeline", "one task, transformers' pipeline, texts to labels", 1,
                   lambda: pipeline(base, device), takes_text=True),
         Contender(f"lora-{ADAPTERS}", f"peft LoRA (r={LORA_RANK}), {ADAPTERS} adapters mixed, "

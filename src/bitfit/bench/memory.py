@@ -111,17 +111,22 @@ def read_peak(device: torch.device) -> int:
     return _status("VmHWM")
 
 
-def resident_bytes() -> int | None:
-    """Return what this process holds in memory now; None: not known here (Linux only)."""
-    return _status("VmRSS") if STATUS.exists() else None
+def resident_bytes(process: int | None = None) -> int | None:
+    """Return what a process holds in memory now; None: not known here (Linux only).
+
+    Args:
+        process: its number; None: this one.
+    """
+    path = STATUS if process is None else Path(f"/proc/{process}/status")
+    return _status("VmRSS", path) if path.exists() else None
 
 
-def _status(key: str) -> int:
-    for line in STATUS.read_text(encoding="ascii").splitlines():
+def _status(key: str, path: Path = STATUS) -> int:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name == key:
             return int(value.split()[0]) * 1024
-    raise BitfitError(f"{STATUS} has no {key}")
+    raise BitfitError(f"{path} has no {key}")
 
 
 def _to_json(feature: Feature) -> list[Any]:

@@ -27,7 +27,7 @@ from bitfit.rounding import StorageType
 from bitfit.serve.engine import Engine, Item, Ready
 from bitfit.serve.shelf import Shelf
 from bitfit.taskfile import TaskFile
-from bitfit.tasks import TextExample
+from bitfit.tasks import Task, TextExample
 
 TASKS = (1, 10, 100, 1000)
 ITEMS = 32
@@ -93,19 +93,13 @@ def make_plan(
         BaseModelError: a base that cannot be loaded.
     """
     check_choices(dtype, rounds, items, min(counts, default=0))
-    [(name, config)] = choose_sources(data, [task] if task else [], ("sst2",), ("intent",))
+    name, task_of_texts, rows = read_texts(data, task)
     encoder = open_encoder(base, dtype, device)
-    dataset = read_dataset(config)
-    rows = dataset.splits["train"]
     wanted = items * BATCHES_A_TURN
-    order = np.random.default_rng(0).permutation(len(rows))
-    examples = [rows[order[i % len(order)]] for i in range(wanted)]
+    texts = [rows[i % len(rows)] for i in range(wanted)]
     made = make_features(
-        encoder.base.tokenizer, dataset.task, examples, encoder.clamp_length(MAX_LENGTH)
+        encoder.base.tokenizer, task_of_texts, texts, encoder.clamp_length(MAX_LENGTH)
     )
-    texts = [e for e in examples if isinstance(e, TextExample)]
-    if dataset.task.is_pair:
-        raise UsageError(f"task {name!r} has pairs of texts; choose one of single texts, as sst2")
     requests = [
         Request(i, texts[i * items : (i + 1) * items], made.items[i * items : (i + 1) * items])
         for i in range(BATCHES_A_TURN)
@@ -114,6 +108,27 @@ def make_plan(
         base=base, encoder=encoder, source=name, requests=requests,
         counts=sorted(dict.fromkeys(counts)), items=items, rounds=rounds, storage=storage,
     )  # fmt: skip
+
+
+def read_texts(data: str | None, task: str | None) -> tuple[str, Task, list[TextExample]]:
+    """Return the name of a task, the task, and its texts in a drawn order.
+
+    Args:
+        data: a GLUE directory; None: the example's sentences that come with the package.
+        task: which; None: ``sst2``, of the example ``intent``.
+
+    Raises:
+        UsageError: a task of pairs, or that is not there.
+        DataError: data that cannot be read.
+    """
+    [(name, config)] = choose_sources(data, [task] if task else [], ("sst2",), ("intent",))
+    dataset = read_dataset(config)
+    if dataset.task.is_pair:
+        raise UsageError(f"task {name!r} has pairs of texts; choose one of single texts, as sst2")
+    rows = dataset.splits["train"]
+    order = np.random.default_rng(0).permutation(len(rows))
+    examples = [rows[i] for i in order]
+    return name, dataset.task, [e for e in examples if isinstance(e, TextExample)]
 
 
 def run_plan(
@@ -202,7 +217,7 @@ def _time_adding(shelf: Shelf, plan: ServePlan) -> dict[str, Any]:
 def _time_all(
     plan: ServePlan, shelf: Shelf, on_turn: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    contenders = choose_contenders(plan.base, shelf, plan.counts)
+    contenders = choose_contenders(plan.base, shelf, plan.counts, plan.items)
     ready: dict[str, _Times] = {}
     notes: dict[str, str] = {}
     for contender in contenders:

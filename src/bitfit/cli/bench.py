@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
 
 from bitfit.cli import console, options
+from bitfit.cli.serve import check_extra as check_serving
 from bitfit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     RunTables = Callable[[Plan, Callable[[str], None]], Iterator[dict[str, Any]]]
 
-
+OVER_HTTP = "Over HTTP"
 Data = Annotated[
     str | None,
     typer.Option(
@@ -162,7 +164,13 @@ def serve(
     items: Annotated[
         int, typer.Option(min=1, rich_help_panel=options.TRAINING, help="Texts in a batch.")
     ] = 32,
-    rounds: Rounds = 15,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=options.TRAINING, show_default="15; over HTTP 3",
+            help="How often all have their turn; the median counts.",
+        ),
+    ] = None,
     storage: Annotated[
         str,
         typer.Option(
@@ -170,6 +178,33 @@ def serve(
             help="How biases are kept in memory: fp32, fp16, bf16 or int8.",
         ),
     ] = "fp32",
+    http: Annotated[
+        bool,
+        typer.Option(
+            "--http", rich_help_panel=OVER_HTTP,
+            help="Ask a server over HTTP, beside the engine in this process.",
+        ),
+    ] = False,
+    clients: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=OVER_HTTP, show_default="64", help="How many ask at once."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, rich_help_panel=OVER_HTTP, show_default="5", help="Of a turn."
+        ),
+    ] = None,
+    infinity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=OVER_HTTP,
+            help="The command infinity_emb of an environment of its own: infinity-emb has its "
+            "turn too, with one classifier.",
+        ),
+    ] = None,
     base: options.Base = "minilm",
     dtype: options.Dtype = "fp32",
     device: options.Device = "auto",
@@ -178,31 +213,63 @@ def serve(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:  # fmt: skip
-    """Time answers of many tasks at once, in this process, beside other ways to serve them.
+    """Time answers of many tasks at once, in this process or over HTTP, beside other ways.
 
-    All answer the same batches in turns; each text of a batch names another task. The tasks are
-    made up: the base's biases with small noise, and random heads, which changes no speed. Shown are
-    items per second, the ratio to one task folded into a plain packed model (the median of the
-    rounds' ratios), the time of a batch, memory per task, and the time to add one. Means something
-    on a quiet machine only.
+    All answer the same texts in turns; each text names another task. The tasks are made up: the
+    base's biases with small noise, and random heads, which changes no speed. Shown are items per
+    second, the ratio to one task folded into a plain packed model (the median of the rounds'
+    ratios), the time of a batch, memory per task, and the time to add one. With --http: a server
+    of its own process beside its engine in this one, with requests of many texts and of one, the
+    processor's time, and what becomes of twice the load. Means something on a quiet machine only.
     """
-    given = {key: value for key, value in locals().items() if key != "command"}
-    command = _command("serve", given | {"memory": True})
+    given = dict(locals())
+    command = _command("serve", given | {"memory": True}) + (" --http" if http else "")
     counts = _numbers("--tasks", tasks)
-    from bitfit.bench.serve import make_plan, run_plan
-
     _set_threads(threads)
-    plan = make_plan(
-        base=base, data=data, task=task, counts=counts, items=items, rounds=rounds,
-        storage=cast("StorageType", storage), dtype=dtype, device=device,
-    )  # fmt: skip
-    with console.bar(quiet) as bar:
-        progress = _Progress(bar, (rounds + 1) * (len(counts) + 7) + 1, quiet)
-        report = run_plan(plan, command, progress)
+    common = {
+        "base": base, "data": data, "task": task, "counts": counts, "items": items,
+        "storage": _storage(storage), "dtype": dtype, "device": device,
+    }  # fmt: skip
+    alone = {"clients": clients, "seconds": seconds, "infinity": infinity}
+    chosen = {key: value for key, value in alone.items() if value is not None}
+    if rounds is not None:
+        common["rounds"] = rounds
+    if http:
+        report = _bench_http(common | chosen, command, quiet)
+    elif chosen:
+        raise UsageError(f"--{min(chosen)} is of the server: give --http too")
+    else:
+        report = _bench_in_process(common, command, quiet)
     if as_json:
         console.print_json(report)
     else:
-        _show_serve(report)
+        (_show_http if http else _show_serve)(report)
+
+
+def _bench_in_process(given: Mapping[str, Any], command: str, quiet: bool) -> dict[str, Any]:
+    from bitfit.bench.serve import make_plan, run_plan
+
+    plan = make_plan(**given)
+    with console.bar(quiet) as bar:
+        turns = (plan.rounds + 1) * (len(plan.counts) + 7) + 1
+        return run_plan(plan, command, _Progress(bar, turns, quiet))
+
+
+def _bench_http(given: Mapping[str, Any], command: str, quiet: bool) -> dict[str, Any]:
+    check_serving()
+    from bitfit.bench.over_http import make_plan, run_plan
+
+    plan = make_plan(**given)
+    with console.bar(quiet) as bar:
+        return run_plan(plan, command, _Progress(bar, plan.turns, quiet))
+
+
+def _storage(name: str) -> StorageType:
+    from bitfit.rounding import STORAGE_TYPES
+
+    if name not in STORAGE_TYPES:
+        raise UsageError(f"--storage {name!r} is not one of {', '.join(STORAGE_TYPES)}")
+    return name
 
 
 def _run(
@@ -404,3 +471,52 @@ def _serve_cells(row: Mapping[str, Any]) -> Sequence[str]:
         console.number(row["cpu_ratio_to_folded"], 2), f"{row['p50_ms']:,.0f}",
         f"{row['p99_ms']:,.0f}",
     )  # fmt: skip
+
+
+def _show_http(report: Mapping[str, Any]) -> None:
+    _show_machine(report)
+    console.say("")
+    console.print_table(
+        ("answered by", ">tasks", ">items a request", ">items/s", ">ratio", ">CPU ms an item",
+         ">p50 ms", ">p99 ms"),
+        [
+            (
+                row["title"], f"{row['tasks']:,}", str(row["items_per_request"]),
+                f"{row['items_per_second']:,.1f}", console.number(row["ratio_to_engine"], 2),
+                console.number(row["cpu_ms_per_item"], 2), f"{row['p50_ms']:,.0f}",
+                f"{row['p99_ms']:,.0f}",
+            )
+            for row in report["rows"]
+        ],
+        title=f"{console.count(report['clients'], 'client')} with texts of {report['texts']}; "
+              "ratio to the engine in process with as many tasks",
+    )  # fmt: skip
+    adding, load = report["adding"], report["overload"]
+    answered = f"{load['answered']:,} requests answered, {load['refused']:,} refused"
+    times = (
+        "" if load["p50_ms"] is None
+        else f"; median {load['p50_ms']:,.0f} ms, p99 {load['p99_ms']:,.0f} ms"
+    )  # fmt: skip
+    shown = {
+        f"inside, {row['items_per_request']} an item": _inside(row["server"])
+        for row in report["rows"] if row["server"] and row["tasks"] == report["rows"][-1]["tasks"]
+    }  # fmt: skip
+    shown |= {
+        "a task": f"uploaded in {adding['put_ms']:.1f} ms, first answer "
+                  f"{adding['first_answer_ms']:.1f} ms after that",
+        "twice the load": f"{answered}, {load['failed']:,} failed{times}; memory "
+                          + " to ".join(map(_size, load["server_bytes"])),
+    }  # fmt: skip
+    console.print_facts("", shown)
+
+
+def _inside(server: Mapping[str, float]) -> str:
+    """Return where a request's time goes, on one line."""
+    request, wait, batch, items = (
+        f"{server.get(key, 0.0):,.0f}"
+        for key in ("request_ms", "wait_ms", "batch_ms", "batch_items")
+    )
+    return (
+        f"{request} ms a request: the oldest of a batch waits {wait} ms, a batch of {items} items "
+        f"takes {batch} ms"
+    )

@@ -110,7 +110,7 @@ def serve(
     machine or many; what was sent to one that dies is answered by another. Needs the extra: serve.
     """  # fmt: skip
     given = dict(locals())
-    _check_extra()
+    check_extra()
     run(given)
 
 
@@ -239,7 +239,12 @@ def _remarks(config: Any, keys: int, tasks: str | None) -> list[str]:
     return found
 
 
-def _check_extra() -> None:
+def check_extra() -> None:
+    """Refuse to go on without what a server needs.
+
+    Raises:
+        MissingExtra: the extra ``serve`` is not installed.
+    """
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401

@@ -313,9 +313,10 @@ class Service:
             if self._made(name, by) is not None:
                 return None
             info = self.shelf.info(name)
-            if self.uploads is not None:
-                self._record(name, None, info.version, by)
-            self.shelf.remove(name)
+            if self.uploads is None:
+                self.shelf.remove(name)
+            else:  # nobody may still want to read the files that go
+                self._record(name, None, info.version, by, lambda: self.shelf.remove(name))
             return info
 
     @contextmanager
@@ -337,10 +338,14 @@ class Service:
         entry = self._applied.get(name)
         return entry if by is not None and entry is not None and entry.by == by else None
 
-    def _record(self, name: str, digest: str | None, version: int, by: str | None) -> None:
+    def _record(
+        self, name: str, digest: str | None, version: int, by: str | None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         assert self.uploads is not None
+        over = self._in_folder.get(name)
         self._applied[name] = self.uploads.record(
-            name, digest, version=version, over=self._in_folder.get(name), by=by
+            name, digest, version=version, over=over, by=by, then=then
         )
 
     def _changed(self, change: str, info: TaskInfo) -> None:

@@ -434,7 +434,13 @@ class Shelf:
         with self._lock:
             if version.held is not None or self._current.get(version.name) is not version:
                 return None
-        file = self._read(version.source, version.fitting.seal, version.name)
+        try:
+            file = self._read(version.source, version.fitting.seal, version.name)
+        except TaskFileError:
+            with self._lock:
+                if self._current.get(version.name) is not version:
+                    return None  # its file went with it
+            raise
         with self._lock:
             if self._current.get(version.name) is not version:
                 return None

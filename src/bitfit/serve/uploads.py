@@ -9,7 +9,7 @@ that is started again, call a file's version by the same number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -131,9 +131,17 @@ class Uploads:
 
     def record(
         self, name: str, digest: str | None, *, version: int, over: str | None,
-        by: str | None = None,
+        by: str | None = None, then: Callable[[], None] = lambda: None,
     ) -> Entry:  # fmt: skip
         """Write down that ``name`` has this file now, None: that it was removed.
+
+        Args:
+            name: of the task.
+            digest: SHA-256 of its file's bytes.
+            version: its number.
+            over: fingerprint of the file of that name in the tasks' folder.
+            by: a name of the change, by which it is made once.
+            then: called when it is written, before files that no task has any more are removed.
 
         Raises:
             BitfitError: the list cannot be read or written.
@@ -146,6 +154,7 @@ class Uploads:
             files = () if digest is None else (*files, digest)[-KEPT:]
             entries[name] = Entry(files, version, over, by)
             atomic_write(self._list, found.to_bytes())
+            then()
             self._drop_unused(entries, (() if before is None else before.files))
         return entries[name]
 
