@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import threading
 
 import pytest
 from serving import KEYS, MANAGE, PREDICT, ask, error_of, in_site, open_site, task_file
@@ -425,6 +426,35 @@ def test_any_flipped_bit_of_an_upload_is_refused():
             assert response.status_code == 422
 
     in_site(check)
+
+
+def test_what_batches_freed_is_given_back_between_them_and_not_at_rest(monkeypatch):
+    from bitfit.serve import service
+
+    threads = []
+    monkeypatch.setattr(service, "TRIM_SECONDS", 0.02)
+    monkeypatch.setattr(service, "trim", lambda: threads.append(threading.current_thread().name))
+
+    async def check(site, client):
+        await asyncio.sleep(0.1)
+        assert threads == []
+        for _ in range(2):
+            before = len(threads)
+            assert (await client.post("/v1/predict", json=ask(("mood", "hi")))).status_code == 200
+            async with asyncio.timeout(20):
+                while len(threads) == before:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert len(threads) == before + 1
+        assert {name.rpartition("_")[0] for name in threads} == {"bitfit-engine"}
+
+    in_site(check)
+
+
+def test_memory_that_was_freed_is_given_back():
+    from bitfit.serve.memory import trim
+
+    trim()  # wherever it runs
 
 
 def test_the_file_of_a_task_goes_when_nobody_can_ask_the_task_any_more(tmp_path, monkeypatch):

@@ -9,14 +9,12 @@ counts by itself. Elsewhere there is no such mark and the answer is None.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from bitfit.bench.runs import Run, Variant
 from bitfit.bench.variants import choose_variants
 from bitfit.bench.work import Work
 from bitfit.errors import BitfitError
+from bitfit.serve.memory import trim
 from bitfit.tasks import Task
 
 MARK = Path("/proc/self/clear_refs")
@@ -79,8 +78,7 @@ def measure_peak(build: Callable[[], Run], device: torch.device) -> int:
 def give_back() -> None:
     """Give back to the system what was freed, as far as it can be told to."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    trim()
 
 
 def _settle(run: Run) -> None:

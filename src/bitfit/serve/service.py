@@ -15,6 +15,7 @@ from bitfit.errors import BitfitError, UnknownTask
 from bitfit.serve.engine import Answer, Engine, Item, Ready
 from bitfit.serve.failures import RequestFailed
 from bitfit.serve.logs import log
+from bitfit.serve.memory import trim
 from bitfit.serve.metrics import Metrics
 from bitfit.serve.microbatch import (
     Closing,
@@ -31,6 +32,8 @@ from bitfit.serve.wire import number
 from bitfit.taskfile import TaskFile
 from bitfit.terms import SYMBOLS
 
+TRIM_SECONDS = 5.0
+"""Between looks at what was freed."""
 V = TypeVar("V")
 Found = Answer | BitfitError | RequestFailed
 
@@ -67,6 +70,8 @@ class Service:
         }
         self._changing = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
+        self._trimmer: asyncio.Task[None] | None = None
+        self._has_computed = False
         self._applied: dict[str, Entry] = {}
         self._in_folder: dict[str, str] = {}  # fingerprints of the folder's files by name
         self.queue: MicroBatcher[Ready, Answer] = MicroBatcher(
@@ -93,6 +98,7 @@ class Service:
         if self.config.tasks is not None:
             await self._in("tasks", self._look, True)
         self.queue.start()
+        self._trimmer = asyncio.get_running_loop().create_task(self._trim())
         if self.config.tasks is not None and self.config.watch_seconds > 0:
             self._watcher = asyncio.get_running_loop().create_task(self._watch())
         self.ready = True
@@ -119,10 +125,11 @@ class Service:
             drain: False ends at once.
         """
         self.close()
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watcher
+        for task in (self._watcher, self._trimmer):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         try:
             async with asyncio.timeout(self.config.drain_seconds if drain else 0):
                 await self.queue.drain()
@@ -205,7 +212,16 @@ class Service:
             raise
 
     async def _compute(self, ready: Sequence[Ready]) -> Sequence[Answer]:
+        self._has_computed = True
         return await self._in("engine", self.engine.answer, ready)
+
+    async def _trim(self) -> None:
+        """Give back what batches have freed, between two of them."""
+        while True:
+            await asyncio.sleep(TRIM_SECONDS)
+            if self._has_computed:
+                self._has_computed = False
+                await self._in("engine", trim)
 
     # --- tasks ----------------------------------------------------------------------------------
 
