@@ -8,19 +8,20 @@ from serving import DummyEngine
 from tiny import make_task
 
 from bitfit.errors import UnknownTask
+from bitfit.serve.engine import Engine, Item
 from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.shelf import FINGERPRINT, Shelf
-from bitfit.serve.uploads import Uploads
+from bitfit.serve.uploads import KEPT, Uploads
 
 
 @asynccontextmanager
-async def serving(folder, encoder, count=2):
+async def serving(folder, encoder, count=2, engine=DummyEngine, max_resident=None):
     services = []
     for _ in range(count):
-        shelf = Shelf(encoder)
+        shelf = Shelf(encoder, max_resident=max_resident)
         config = ServeConfig(tasks=str(folder), watch_seconds=0.0)
-        services.append(Service(shelf, DummyEngine(shelf), config, uploads=Uploads(folder)))
+        services.append(Service(shelf, engine(shelf), config, uploads=Uploads(folder)))
         await services[-1].start()
     try:
         yield services
@@ -35,13 +36,14 @@ def run(tmp_path, open_tiny):
     encoder = open_tiny()
     files = [make_task(encoder, seed=seed) for seed in range(4)]
 
-    def go(check, count=2):
+    def go(check, count=2, **options):
         async def main():
-            async with serving(tmp_path, encoder, count) as services:
+            async with serving(tmp_path, encoder, count, **options) as services:
                 return await check(*services)
 
         return asyncio.run(main())
 
+    go.encoder = encoder
     go.files, go.folder, go.seals = files, tmp_path, [f.seal[:FINGERPRINT] for f in files]
     return go
 
@@ -101,6 +103,29 @@ def test_changes_at_one_time_have_numbers_of_their_own(run):
         assert all(other == first for other in others)
 
     run(check, count=3)
+
+
+def test_a_row_whose_file_another_server_took_away_is_looked_for(run):
+    """The task was removed, or replaced more often than files are kept, since the last look."""
+    data = [make_task(run.encoder, seed=seed).to_bytes() for seed in range(3 + KEPT)]
+    items = [Item("removed", "good bike"), Item("kept", "good bike"), Item("replaced", "good bike")]
+
+    async def check(a, b):
+        for name, one in zip(("removed", "replaced", "kept"), data, strict=False):
+            await a.put(name, one)
+        await b.look()
+        await b.predict(items[1:2])  # the only row that is in memory
+        await a.remove("removed")
+        for one in data[3:]:
+            await a.put("replaced", one)
+        first, second, third = await b.predict(items)
+        assert isinstance(first, UnknownTask)
+        assert (second.version, third.version) == (1, 1 + KEPT)
+        again = await b.predict(items[1:])
+        assert [answer.version for answer in again] == [1, 1 + KEPT]
+        assert b.shelf.resident == 1  # every lease was given back
+
+    run(check, engine=Engine, max_resident=1)
 
 
 def test_a_change_that_is_asked_for_twice_is_made_once(run):

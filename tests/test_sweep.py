@@ -254,6 +254,21 @@ def test_another_experiment_is_not_written_into_a_directory(finished, checkpoint
         Sweep(small_grid(checkpoint()), out, Settings(data=data, threads=2, resume=True))
 
 
+def test_those_who_join_with_a_few_rows_leave_what_rows_are_compared_with(
+    checkpoint, data, tmp_path
+):
+    def reference_row(out, grid):
+        settings = Settings(data=data, threads=1, resume=True)
+        return Sweep(grid, tmp_path / out, settings).store.experiment()["reference_row"]
+
+    plain = small_grid(checkpoint())
+    assert reference_row("plain", plain) == "BitFit"
+    assert reference_row("plain", plain.only(rows=["Full-FT"])) == "BitFit"
+    chosen = small_grid(checkpoint(), reference="Frozen")
+    assert reference_row("chosen", chosen) == "Frozen"
+    assert reference_row("chosen", chosen.only(rows=["Full-FT"])) == "Frozen"
+
+
 def test_a_budget_leaves_out_what_does_not_fit_and_says_so(checkpoint, data, tmp_path):
     settings = Settings(data=data, threads=1, lanes=2, budget_seconds=0.0)
     summary = Sweep(small_grid(checkpoint()), tmp_path / "out", settings).run()

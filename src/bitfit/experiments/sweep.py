@@ -356,13 +356,15 @@ def _described(
     for key in ("seeds", "base"):
         old = before["grid"][key] if before else []
         whole[key] = [*old, *(value for value in whole[key] if value not in old)]
+    # Whoever joins with a few of the rows may not have the one that others are compared with.
+    whole["reference"] = grid.reference or (before["grid"]["reference"] if before else None)
     return {
         "name": grid.name,
         "title": grid.title,
         "base": whole["base"],
         "recipe": grid.recipe,
         "rows": [row["name"] for row in whole["rows"]],
-        "reference_row": grid.reference_row,
+        "reference_row": whole["reference"] or whole["rows"][0]["name"],
         "tasks": [task["name"] for task in whole["tasks"]],
         "seeds": whole["seeds"],
         "search": grid.search,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import bitfit
 from bitfit.comparison import bias_change, compare
-from bitfit.errors import BitfitError, UnknownTask
+from bitfit.errors import BitfitError, UnknownTask, UnreadableTaskFile
 from bitfit.serve.engine import Answer, Engine, Item, Ready
 from bitfit.serve.failures import RequestFailed
 from bitfit.serve.logs import log
@@ -174,7 +174,7 @@ class Service:
         found: list[Found | None] = [self._check_length(item) for item in items]
         asked = [i for i, failed in enumerate(found) if failed is None]
         with self.queue.admit(len(items), deadline=deadline) as place:
-            ready = await self._prepare([items[i] for i in asked], deadline)
+            ready = await self._prepare_all([items[i] for i in asked], deadline)
             places, work = [], []
             for i, result in zip(asked, ready, strict=True):
                 if isinstance(result, BitfitError):
@@ -193,6 +193,30 @@ class Service:
         longest = max(len(item.text), len(item.text_pair or ""))
         limit = self.config.max_text_chars
         return _too_long("characters", longest, limit) if longest > limit else None
+
+    async def _prepare_all(
+        self, items: Sequence[Item], deadline: float
+    ) -> Sequence[Ready | BitfitError]:
+        """Prepare items; those whose file is gone once more, after a look at what others did.
+
+        Another server of the folder may have removed or replaced a task whose row was dropped here.
+        """
+        found = list(await self._prepare(items, deadline))
+        gone = [i for i, one in enumerate(found) if isinstance(one, UnreadableTaskFile)]
+        if not gone or self.uploads is None or not self.uploads.has_changed():
+            return found
+        try:
+            with suppress(BitfitError):  # then the first error stands
+                await self.look()
+            again = await self._prepare([items[i] for i in gone], deadline)
+        except BaseException:
+            for one in found:
+                if isinstance(one, Ready):
+                    _release(one)
+            raise
+        for i, one in zip(gone, again, strict=True):
+            found[i] = one
+        return found
 
     async def _prepare(
         self, items: Sequence[Item], deadline: float
