@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import platform
 import re
 import threading
 
@@ -452,9 +453,17 @@ def test_what_batches_freed_is_given_back_between_them_and_not_at_rest(monkeypat
 
 
 def test_memory_that_was_freed_is_given_back():
+    from bitfit.bench.memory import resident_bytes
     from bitfit.serve.memory import trim
 
+    blocks = [bytes(100_000) for _ in range(1000)]
+    last = blocks.pop()  # above them in the heap: without it the system would have them back
+    del blocks
+    before = resident_bytes()
     trim()  # wherever it runs
+    if platform.libc_ver()[0] == "glibc":
+        assert before - resident_bytes() > 50_000_000
+    assert len(last) == 100_000
 
 
 def test_the_file_of_a_task_goes_when_nobody_can_ask_the_task_any_more(tmp_path, monkeypatch):

@@ -498,7 +498,7 @@ def _show_http(report: Mapping[str, Any]) -> None:
         else f"; median {load['p50_ms']:,.0f} ms, p99 {load['p99_ms']:,.0f} ms"
     )  # fmt: skip
     shown = {
-        f"inside, {row['items_per_request']} an item": _inside(row["server"])
+        f"inside, {row['items_per_request']} a request": _inside(row["server"])
         for row in report["rows"] if row["server"] and row["tasks"] == report["rows"][-1]["tasks"]
     }  # fmt: skip
     shown |= {

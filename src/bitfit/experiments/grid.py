@@ -123,11 +123,6 @@ class Grid:
                 for task in self.tasks:
                     self.config(row, task, rate, self.seeds[0])
 
-    @property
-    def reference_row(self) -> str:
-        """The row that others are compared with."""
-        return self.reference or self.rows[0].name
-
     def config(self, row: Row, task: GridTask, rate: float, seed: int) -> TrainConfig:
         """Return how one run trains.
 
