@@ -30,8 +30,8 @@ method = "full"
 
 def test_a_grid_has_rows_tasks_rates_and_seeds():
     grid = parse_grid(SMALL, "small.toml", default_name="small")
-    assert (grid.name, grid.seeds, grid.recipe, grid.reference_row) == (
-        "small", (0, 1), "paper", "BitFit",
+    assert (grid.name, grid.seeds, grid.recipe, grid.reference, grid.rows[0].name) == (
+        "small", (0, 1), "paper", None, "BitFit",
     )  # fmt: skip
     assert [row.rates for row in grid.rows] == [
         tuple(sorted(rates_to_try("bitfit"))), (1e-4, 1e-3), tuple(sorted(rates_to_try("full"))),

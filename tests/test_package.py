@@ -9,7 +9,7 @@ import bitfit
 SOURCE = Path(bitfit.__file__).parent
 # Each may import those before it, of its own line too. The order is that of ARCHITECTURE.md.
 LAYERS = (
-    {"errors", "jsonable", "words", "cluster"},
+    {"errors", "jsonable", "words", "cluster", "freed"},
     {"tasks", "storage", "calibration", "rounding"},
     {"metrics", "data", "terms", "identity"},
     {"bank", "base", "batches"},

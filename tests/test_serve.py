@@ -454,7 +454,7 @@ def test_what_batches_freed_is_given_back_between_them_and_not_at_rest(monkeypat
 
 def test_memory_that_was_freed_is_given_back():
     from bitfit.bench.memory import resident_bytes
-    from bitfit.serve.memory import trim
+    from bitfit.freed import trim
 
     blocks = [bytes(100_000) for _ in range(1000)]
     last = blocks.pop()  # above them in the heap: without it the system would have them back

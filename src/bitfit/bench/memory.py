@@ -26,7 +26,7 @@ from bitfit.bench.runs import Run, Variant
 from bitfit.bench.variants import choose_variants
 from bitfit.bench.work import Work
 from bitfit.errors import BitfitError
-from bitfit.serve.memory import trim
+from bitfit.freed import trim
 from bitfit.tasks import Task
 
 MARK = Path("/proc/self/clear_refs")

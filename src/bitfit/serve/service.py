@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import bitfit
 from bitfit.comparison import bias_change, compare
 from bitfit.errors import BitfitError, UnknownTask, UnreadableTaskFile
+from bitfit.freed import trim
 from bitfit.serve.engine import Answer, Engine, Item, Ready
 from bitfit.serve.failures import RequestFailed
 from bitfit.serve.logs import log
-from bitfit.serve.memory import trim
 from bitfit.serve.metrics import Metrics
 from bitfit.serve.microbatch import (
     Closing,
