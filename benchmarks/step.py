@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --data glue_data                       # a profile of MRPC's steps
     python benchmarks/step.py --data glue_data --task sst2 --lanes 8
+    python benchmarks/step.py --data glue_data --task sst2 --method full
     python benchmarks/step.py --data glue_data --alternatives        # changes, in turns
 
 Without ``--data`` on the sentences of the shipped example.
@@ -37,6 +38,8 @@ GROUPS = {
     "copies": ("aten::copy_",),
     "softmax and its backward": ("aten::_softmax", "aten::_softmax_backward_data"),
     "gathers": ("aten::index_select", "aten::index_copy_"),
+    "filling (gradients of embeddings)": ("aten::fill_",),
+    "AdamW": ("aten::_fused_adam_",),
 }
 WARM_UP = 2
 
@@ -91,7 +94,7 @@ def make_step(args: argparse.Namespace, steps: int) -> tuple[Callable[[int], Non
     table = make_table(
         args.base, encoder.device, task, features, args.batch_size, steps, args.lanes
     )
-    return side_by_side(table.work, encoder).step, table
+    return side_by_side(table.work, encoder, args.method).step, table
 
 
 def show_profile(args: argparse.Namespace) -> None:
@@ -145,7 +148,7 @@ def _replaced(name: str) -> Iterator[None]:
 
 def _about(args: argparse.Namespace, table: Table) -> str:
     return (
-        f"{table.work.task.name}, batch {args.batch_size}, {args.lanes} lane(s), "
+        f"{table.work.task.name}, {args.method}, batch {args.batch_size}, {args.lanes} lane(s), "
         f"{table.mean_tokens:.0f} tokens a batch, {torch.get_num_threads()} thread(s)"
     )
 
@@ -157,6 +160,7 @@ def main() -> None:
     parser.add_argument("--base", default="minilm")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lanes", type=int, default=1)
+    parser.add_argument("--method", default="bitfit", help="one that has no lanes: --lanes 1")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--alternatives", action="store_true", help="changes and not a profile")

@@ -10,7 +10,7 @@ from bitfit.bench.work import Work
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import make_method
-from bitfit.training.settings import PAPER_RATES, TrainConfig
+from bitfit.training.settings import TrainConfig, rates_to_try
 from bitfit.training.train import Trainer
 
 
@@ -19,9 +19,9 @@ def our_step(work: Work, *, dtype: str) -> Run:
     return side_by_side(work, open_encoder(work.base, dtype, str(work.device)))
 
 
-def side_by_side(work: Work, encoder: Encoder) -> Run:
+def side_by_side(work: Work, encoder: Encoder, method: str = "bitfit") -> Run:
     """Return a step in which all lanes share their forward passes."""
-    return _run(work, encoder, [_make_lanes(work, encoder)])
+    return _run(work, encoder, [_make_lanes(work, encoder, method)])
 
 
 def one_after_another(work: Work, encoder: Encoder) -> Run:
@@ -40,16 +40,17 @@ class _LaneOnGivenBatches(Lane):
         return pack(self.work.step_batches(self.number)[self.place]).to(self.device)
 
 
-def _make_lanes(work: Work, encoder: Encoder) -> list[_LaneOnGivenBatches]:
+def _make_lanes(work: Work, encoder: Encoder, method: str = "bitfit") -> list[_LaneOnGivenBatches]:
     """Return lanes that differ in batches, seed (so in dropout and head) and learning rate."""
-    rates = PAPER_RATES["bitfit"]
+    rates = rates_to_try(method)
     items = [feature for batch in work.batches for feature in batch]
     split = Split([], Features(items, len(items), 0))
     lanes = []
     for place in range(work.lanes):
         config = TrainConfig(
-            recipe="paper", batch_size=len(work.batches[0]), schedule="constant", warmup_ratio=0.0,
-            max_grad_norm=MAX_GRAD_NORM, seed=place, learning_rate=rates[-1 - place % len(rates)],
+            recipe="paper", method=method, batch_size=len(work.batches[0]), schedule="constant",
+            warmup_ratio=0.0, max_grad_norm=MAX_GRAD_NORM, seed=place,
+            learning_rate=rates[-1 - place % len(rates)],
         )  # fmt: skip
         lane = _LaneOnGivenBatches(encoder=encoder, task=work.task, config=config, train=split)
         lane.place, lane.work = place, work
@@ -62,6 +63,7 @@ def _run(work: Work, encoder: Encoder, groups: Sequence[Sequence[_LaneOnGivenBat
     trainers = []
     for group in groups:
         method = make_method(encoder, group, len(group))
+        method.install()
         trainers.append(Trainer(encoder=encoder, method=method, lanes=group))
     steps = [trainer.steps_only() for trainer in trainers]
 

@@ -104,6 +104,9 @@ class RowMethod:
         if self.mask is not None and self.flat.grad is not None:
             self.flat.grad.mul_(self.mask)
 
+    def moved(self) -> None:
+        """Nothing: the encoder is given the rows at each pass."""
+
     @torch.no_grad()
     def clip(self, max_norms: Sequence[float]) -> None:
         """Scale each run's gradient, row and head together, to its greatest norm; 0: leave it."""
@@ -119,17 +122,13 @@ class RowMethod:
         """Nothing to take back: the encoder was never changed."""
 
 
-class MatrixMethod(SingleRun):
-    """Train the model's own parameters, all of them or a random choice, and the head."""
+class FullMethod(SingleRun):
+    """Train all of the model's own parameters, and the head."""
 
-    def __init__(self, encoder: Encoder, head: Head, masks: Mapping[str, Tensor] | None) -> None:
-        if encoder.dtype != torch.float32:
-            raise UsageError("methods full and random train fp32 weights: use --dtype fp32")
+    def __init__(self, encoder: Encoder, head: Head) -> None:
+        _check_fp32(encoder)
         super().__init__(encoder, head)
         self.parameters = encoder_parameters(encoder, head)
-        if masks is not None:
-            self.parameters = {k: p for k, p in self.parameters.items() if masks[k].any()}
-        self.masks = masks
         self.original = {name: p.data for name, p in self.parameters.items()}
         self.values = {name: p.data.clone() for name, p in self.parameters.items()}
         self.tensors = [*self.parameters.values(), self.flat]
@@ -140,9 +139,7 @@ class MatrixMethod(SingleRun):
 
     def encoder_count(self, layout: Layout) -> int:
         """Return how many values of the encoder a run trains."""
-        if self.masks is None:
-            return sum(p.numel() for p in self.parameters.values())
-        return sum(int(self.masks[name].sum()) for name in self.parameters)
+        return sum(p.numel() for p in self.parameters.values())
 
     @torch.no_grad()
     def begin(self, slot: int, layout: Layout, head: Head, seed: int) -> None:
@@ -150,13 +147,6 @@ class MatrixMethod(SingleRun):
         for name, value in self.values.items():
             value.copy_(self.original[name])
         self.flat.copy_(head.init(seed, self.std))
-
-    def after_backward(self) -> None:
-        """Zero the gradient of what was not chosen, so that it neither moves nor is clipped by."""
-        if self.masks is not None:
-            for name, parameter in self.parameters.items():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.masks[name])
 
     def install(self) -> None:
         """Let the encoder compute with this run's own copy of the parameters."""
@@ -172,8 +162,95 @@ class MatrixMethod(SingleRun):
             parameter.requires_grad_(False)
 
 
+class RandomMethod(SingleRun):
+    """Train a random choice of the model's scalars, and the head.
+
+    What is chosen is one flat tensor ``(count,)``, so that the optimizer, clipping, checkpoints
+    and processes handle a hundred thousand numbers and not the whole model. autograd still gives
+    the gradients of whole parameters; the chosen ones are read from them.
+    """
+
+    def __init__(self, encoder: Encoder, head: Head, config: TrainConfig) -> None:
+        _check_fp32(encoder)
+        super().__init__(encoder, head)
+        places = random_places(encoder, head, config)
+        parameters = encoder_parameters(encoder, head)
+        self.places = {name: index for name, index in places.items() if len(index)}
+        """Which scalars of a parameter are trained, by its name: places in it flattened."""
+        self.parameters = {name: parameters[name] for name in self.places}
+        self.counts = [len(index) for index in self.places.values()]
+        parts = [p.detach().flatten()[self.places[n]] for n, p in self.parameters.items()]
+        self.original = torch.cat(parts)
+        self.chosen = self.original.clone()
+        self.tensors = [self.chosen, self.flat]
+
+    def numbers(self) -> Numbers:
+        """Return the chosen scalars ``(count,)`` and the head; not copies."""
+        return self.tensors
+
+    def encoder_count(self, layout: Layout) -> int:
+        """Return how many values of the encoder a run trains."""
+        return len(self.chosen)
+
+    @torch.no_grad()
+    def begin(self, slot: int, layout: Layout, head: Head, seed: int) -> None:
+        """Start a run from the base's own values and a fresh head."""
+        self.chosen.copy_(self.original)
+        self.flat.copy_(head.init(seed, self.std))
+        self.moved()
+
+    def write(self, slot: int, numbers: Numbers) -> None:
+        """Put back what :meth:`read` gave."""
+        super().write(slot, numbers)
+        self.moved()
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the chosen scalars of each parameter, ``(count,)`` each, by its name."""
+        return dict(zip(self.places, self.chosen.detach().split(self.counts), strict=True))
+
+    def after_backward(self) -> None:
+        """Take the chosen scalars' gradients from those of their parameters."""
+        parts = [
+            self.chosen.new_zeros(len(self.places[name])) if parameter.grad is None
+            else parameter.grad.flatten()[self.places[name]]
+            for name, parameter in self.parameters.items()
+        ]  # fmt: skip
+        self.chosen.grad = torch.cat(parts)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def moved(self) -> None:
+        """Put the chosen scalars into their parameters."""
+        self._put(self.chosen)
+
+    def install(self) -> None:
+        """Put the chosen scalars into the encoder, and ask for its parameters' gradients."""
+        self.moved()
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def uninstall(self) -> None:
+        """Give the encoder its own numbers back, frozen."""
+        self._put(self.original)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def _put(self, numbers: Tensor) -> None:
+        for (name, index), part in zip(
+            self.places.items(), numbers.split(self.counts), strict=True
+        ):
+            self.parameters[name].view(-1)[index] = part
+
+
 _SAME_IN_MATRICES = ("method", "terms", "seed", "pooling")
-Method: TypeAlias = RowMethod | MatrixMethod | AdapterMethod
+Method: TypeAlias = RowMethod | FullMethod | RandomMethod | AdapterMethod
+
+
+def _check_fp32(encoder: Encoder) -> None:
+    if encoder.dtype != torch.float32:
+        raise UsageError("methods full and random train fp32 weights: use --dtype fp32")
 
 
 def encoder_parameters(encoder: Encoder, head: Head) -> dict[str, nn.Parameter]:
@@ -209,14 +286,16 @@ def make_method(encoder: Encoder, lanes: Sequence[Lane], slots: int = 1) -> Meth
     if config.method in PEFT_METHODS:
         return AdapterMethod(encoder, head, config.method)
     if config.method == "full":
-        return MatrixMethod(encoder, head, None)
+        return FullMethod(encoder, head)
     if config.method not in get_args(MethodName):
         raise UsageError(f"unknown method {config.method!r}: {', '.join(get_args(MethodName))}")
-    return MatrixMethod(encoder, head, random_masks(encoder, head, config))
+    return RandomMethod(encoder, head, config)
 
 
-def random_masks(encoder: Encoder, head: Head, config: TrainConfig) -> dict[str, Tensor]:
-    """Return which scalars a random method trains, a mask per parameter.
+def random_places(encoder: Encoder, head: Head, config: TrainConfig) -> dict[str, Tensor]:
+    """Return which scalars of each parameter a random method trains: their places in it flattened.
+
+    Each in rising order, and once.
 
     ``random`` draws as many scalars as Table 4's eight terms have, uniformly from the whole model
     without replacement. ``released:random`` draws a quota per tensor with replacement, as the
@@ -234,12 +313,11 @@ def random_masks(encoder: Encoder, head: Head, config: TrainConfig) -> dict[str,
         chosen = _draw_quota(random, {k: p.numel() for k, p in parameters.items()}, count)
     else:
         chosen = _draw_row_col(random, encoder, head)
-    masks = {}
-    for name, parameter in parameters.items():
-        mask = torch.zeros(parameter.numel(), dtype=torch.bool)
-        mask[torch.from_numpy(chosen.get(name, np.empty(0, np.int64)))] = True
-        masks[name] = mask.view(parameter.shape).to(encoder.device)
-    return masks
+    return {
+        name: torch.from_numpy(np.unique(chosen.get(name, np.empty(0, np.int64))))
+        .to(encoder.device)
+        for name in parameters
+    }  # fmt: skip
 
 
 Places = dict[str, NDArray[np.int64]]

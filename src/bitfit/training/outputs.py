@@ -36,7 +36,7 @@ from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task, references
 from bitfit.training.adapters import AdapterMethod
 from bitfit.training.lane import Lane, Split
-from bitfit.training.methods import RowMethod
+from bitfit.training.methods import FullMethod, RowMethod
 from bitfit.training.train import Trainer
 
 # With fewer, one wrong answer moves the calibration error by more than what is to be measured.
@@ -278,7 +278,7 @@ def save_outcome(out: Path, trainer: Trainer, file: TaskFile) -> None:
     if isinstance(method, AdapterMethod):
         atomic_write(out, pack_safetensors(method.named() | heads, "bitfit_adapter", note))
         return
-    if method.masks is None:
+    if isinstance(method, FullMethod):
         base = trainer.encoder.base
         out.mkdir(parents=True, exist_ok=True)
         base.config.save_pretrained(out)
@@ -290,11 +290,8 @@ def save_outcome(out: Path, trainer: Trainer, file: TaskFile) -> None:
         atomic_write(out / "head.safetensors", pack_safetensors(file.head, "bitfit_run", note))
         atomic_write(out / "bitfit.json", note.encode())
         return
-    chosen = {}
-    for name, parameter in method.parameters.items():
-        index = torch.nonzero(method.masks[name].flatten()).flatten().cpu()
-        chosen[f"indices.{name}"] = index
-        chosen[f"values.{name}"] = parameter.detach().flatten().cpu()[index]
+    values = {f"values.{name}": numbers.cpu() for name, numbers in method.named().items()}
+    chosen = values | {f"indices.{name}": index.cpu() for name, index in method.places.items()}
     atomic_write(out, pack_safetensors(chosen | heads, "bitfit_random", note))
 
 

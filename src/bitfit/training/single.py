@@ -63,7 +63,10 @@ class SingleRun:
         return flat.new_empty(0), head.split(flat)
 
     def after_backward(self) -> None:
-        """Change gradients that are not to count as they are; by default none."""
+        """Make the gradients of :attr:`tensors` from those of the model; by default they are."""
+
+    def moved(self) -> None:
+        """Let the encoder see that :attr:`tensors` moved; by default they are what it reads."""
 
     @torch.no_grad()
     def clip(self, max_norms: Sequence[float]) -> None:

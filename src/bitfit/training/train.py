@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from bitfit.batches import pack
 from bitfit.dropout import DropoutBits, StepDropout
@@ -110,23 +111,57 @@ class AdamW:
             sizes: of each run from :func:`step_size`; one, or as many as the tensors have rows.
             epsilons: of each run.
         """
-        beta1, beta2 = BETAS
-        for tensor, mean, square in zip(self.tensors, self.means, self.squares, strict=True):
-            if tensor.grad is None:
-                continue
-            mean.mul_(beta1).add_(tensor.grad, alpha=1 - beta1)
-            square.mul_(beta2).addcmul_(tensor.grad, tensor.grad, value=1 - beta2)
-            if len(sizes) == 1:
-                tensor.addcdiv_(mean, square.sqrt().add_(epsilons[0]), value=-sizes[0])
-            else:
-                column = torch.tensor([[*sizes], [*epsilons]], device=tensor.device)[..., None]
-                tensor.sub_(mean.div(square.sqrt().add_(column[1])).mul_(column[0]))
+        moving = [
+            (tensor, tensor.grad, mean, square)
+            for tensor, mean, square in zip(self.tensors, self.means, self.squares, strict=True)
+            if tensor.grad is not None
+        ]
+        if len(sizes) == 1:
+            _step_alone(moving, sizes[0], epsilons[0])
+        else:
+            _step_rows(moving, sizes, epsilons)
+        for tensor, *_ in moving:
             tensor.grad = None
 
     def reset(self, slot: int, slots: int) -> None:
         """Forget the moments of the run in ``slot`` of ``slots``."""
         for moment in (*self.means, *self.squares):
             (moment if slots == 1 else moment[slot]).zero_()
+
+
+Moving: TypeAlias = Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+"""A tensor, its gradient and its two moments, for each tensor that moves."""
+
+# The number of a step at which the bias corrections of Adam have long been 1.
+_FAR_STEP = 1e6
+
+
+def _step_alone(moving: Moving, size: float, epsilon: float) -> None:
+    """Move the tensors of a single run by torch's fused kernel: each number is touched once.
+
+    With plain operations full fine-tuning spends more on this than on its products
+    (benchmarks/README.md). The kernel corrects before it adds epsilon; ``size`` has the correction
+    in it already, so the kernel is told a step at which its own is 1.
+    """
+    beta1, beta2 = BETAS
+    if moving:
+        tensors, grads, means, squares = (list(column) for column in zip(*moving, strict=True))
+        adam(
+            tensors, grads, means, squares, max_exp_avg_sqs=[],
+            state_steps=[torch.tensor(_FAR_STEP, device=t.device) for t in tensors],
+            fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=size, weight_decay=0.0,
+            eps=epsilon, maximize=False,
+        )  # fmt: skip
+
+
+def _step_rows(moving: Moving, sizes: Sequence[float], epsilons: Sequence[float]) -> None:
+    """Move rows, each by its own run's size and epsilon."""
+    beta1, beta2 = BETAS
+    for tensor, grad, mean, square in moving:
+        mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        column = torch.tensor([[*sizes], [*epsilons]], device=tensor.device)[..., None]
+        tensor.sub_(mean.div(square.sqrt().add_(column[1])).mul_(column[0]))
 
 
 def step_size(learning_rate: float, step: int) -> float:
@@ -273,8 +308,8 @@ class Trainer:
             own = self._losses(running[part], shares[part], bits[part])
             torch.stack(own).sum().backward()
             losses += (loss.detach() for loss in own)
-        losses = self.processes.sum_gradients(self.method.tensors, losses)
         self.method.after_backward()
+        losses = self.processes.sum_gradients(self.method.tensors, losses)
         norms, sizes, epsilons = ([value] * len(self.slots) for value in (0.0, 0.0, 1.0))
         for slot, lane in running:
             step, config = lane.progress.step + 1, lane.config
@@ -282,6 +317,7 @@ class Trainer:
             norms[slot], epsilons[slot] = config.max_grad_norm, config.adam_eps
         self.method.clip(norms)
         self.optimizer.step(sizes, epsilons)
+        self.method.moved()
         seconds, tokens = time.perf_counter() - began, sum(len(b.input_ids) for b in batches)
         for (_, lane), loss, batch in zip(running, losses, batches, strict=True):
             lane.step_taken(loss, batch, seconds * len(batch.input_ids) / tokens)
@@ -445,6 +481,7 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in self._moving().items():
                 tensor.copy_(tensors[name])
+        self.method.moved()
         return True
 
     def set_aside_checkpoint(self) -> None:
