@@ -11,7 +11,7 @@ SOURCE = Path(bitfit.__file__).parent
 LAYERS = (
     {"errors", "jsonable", "words", "cluster", "freed"},
     {"tasks", "storage", "calibration", "rounding"},
-    {"metrics", "data", "terms", "identity"},
+    {"metrics", "data", "terms", "identity", "fields"},
     {"bank", "base", "batches"},
     {"dropout", "leaves"},
     {"attention", "recompute", "sharing"},

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from bitfit import fields
 from bitfit.bank import parse_layout
 from bitfit.errors import (
     CorruptTaskFile,
@@ -41,7 +42,7 @@ from bitfit.storage import (
     read_header,
     read_tensors,
 )
-from bitfit.tasks import BUILTIN_TASKS, DEFAULT_METRICS, BuiltinTask, Task
+from bitfit.tasks import BUILTIN_TASKS, BuiltinTask, Task
 
 FORMAT = 1
 KEY = "bitfit"
@@ -339,36 +340,36 @@ def _decode(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskF
         raise TaskFileError(
             f"field {odd[0]!r:.80} is {'missing' if odd[0] in missing else 'unknown in format 1'}"
         )
-    task = _decode_task(document["task"])
-    dtype = _choice(document, "dtype", tuple(STORAGE_TYPES))
+    task = fields.task_of(document["task"])
+    dtype = fields.choice(document, "dtype", tuple(STORAGE_TYPES))
     bias = _decode_bias(tensors, document["layout"], dtype)
     head = {k.removeprefix("head."): t for k, t in tensors.items() if k.startswith("head.")}
     _check_head(head, task)
     if not is_sha256(document["tokenizer"]):
-        raise _wrong("tokenizer", "64 lower-case hex digits", document["tokenizer"])
+        raise fields.wrong("tokenizer", "64 lower-case hex digits", document["tokenizer"])
     return TaskFile(
         task=task,
         bias=bias,
         layout=document["layout"],
         head=head,
-        head_style=_word(document, "head_style"),
-        pooling=_word(document, "pooling"),
-        max_length=_max_length(document),
+        head_style=fields.word(document, "head_style"),
+        pooling=fields.word(document, "pooling"),
+        max_length=fields.max_length(document),
         base=BaseIdentity.from_json(document["base"]),
         tokenizer=document["tokenizer"],
-        method=_choice(document, "method", get_args(Method)),
-        terms=_text(document, "terms"),
-        recipe=_object(document, "recipe"),
-        scores=_scores(document),
-        temperature=_number(document, "temperature", low=1e-6, high=1e6),
-        calibration=None if document["calibration"] is None else _object(document, "calibration"),
-        truncated_share=_number(document, "truncated_share", low=0, high=1),
-        data_hash=_optional_text(document, "data_hash"),
-        licence=_optional_text(document, "licence"),
-        description=_optional_text(document, "description"),
-        probes=_probes(document, task),
+        method=fields.choice(document, "method", get_args(Method)),
+        terms=fields.text_of(document, "terms"),
+        recipe=fields.object_of(document, "recipe"),
+        scores=fields.scores(document),
+        temperature=fields.number(document, "temperature", low=1e-6, high=1e6),
+        calibration=fields.optional_object(document, "calibration"),
+        truncated_share=fields.number(document, "truncated_share", low=0, high=1),
+        data_hash=fields.optional_text(document, "data_hash"),
+        licence=fields.optional_text(document, "licence"),
+        description=fields.optional_text(document, "description"),
+        probes=fields.probes(document, task),
         dtype=dtype,
-        package_version=_text(document, "package_version"),
+        package_version=fields.text_of(document, "package_version"),
     )
 
 
@@ -379,114 +380,6 @@ _FIELDS = frozenset(
     truncated_share
     """.split()
 )
-
-
-def _wrong(name: str, expected: str, value: object) -> TaskFileError:
-    return TaskFileError(f"field {name!r}: expected {expected}, got {value!r:.60}")
-
-
-def _text(document: Mapping[str, Any], name: str) -> str:
-    value = document[name]
-    if not isinstance(value, str):
-        raise _wrong(name, "text", value)
-    return value
-
-
-def _optional_text(document: Mapping[str, Any], name: str) -> str | None:
-    return None if document[name] is None else _text(document, name)
-
-
-def _word(document: Mapping[str, Any], name: str) -> str:
-    value = _text(document, name)
-    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", value):
-        raise _wrong(name, "a lower-case word", value)
-    return value
-
-
-def _choice(document: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> Any:
-    if document[name] not in choices:
-        raise _wrong(name, f"one of {', '.join(choices)}", document[name])
-    return document[name]
-
-
-def _object(document: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = document[name]
-    if not isinstance(value, dict):
-        raise _wrong(name, "an object", value)
-    return value
-
-
-def _is_number(value: object) -> bool:
-    # parse_json lets no NaN through, but an int may have a thousand digits.
-    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
-
-
-def _number(document: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
-    value = document[name]
-    if value is None:
-        return None
-    if not _is_number(value) or not low <= value <= high:
-        raise _wrong(name, f"null or a number from {low:g} to {high:g}", value)
-    return float(value)
-
-
-def _max_length(document: Mapping[str, Any]) -> int:
-    value = document["max_length"]
-    if type(value) is not int or not 1 <= value <= 1 << 20:
-        raise _wrong("max_length", f"a whole number from 1 to {1 << 20}", value)
-    return value
-
-
-def _scores(document: Mapping[str, Any]) -> dict[str, float]:
-    scores = _object(document, "scores")
-    for value in scores.values():
-        if value is not None and not _is_number(value):
-            raise _wrong("scores", "a number or null for each metric", value)
-    return {key: math.nan if v is None else float(v) for key, v in scores.items()}
-
-
-def _probes(document: Mapping[str, Any], task: Task) -> list[dict[str, Any]]:
-    probes = document["probes"]
-    if not isinstance(probes, list):
-        raise _wrong("probes", "a list", probes)
-    for probe in probes:
-        match probe:
-            case {"text": str(), "text_pair": None | str(), "logits": list(logits), **rest}:
-                if not rest and _are_logits(logits, depth=3):
-                    continue
-        raise _wrong("probes", "text, text_pair and logits in each", probe)
-    return probes
-
-
-def _are_logits(values: list[Any], depth: int) -> bool:
-    return all(
-        _are_logits(v, depth - 1) if isinstance(v, list) and depth > 1 else _is_number(v)
-        for v in values
-    )
-
-
-def _decode_task(value: object) -> Task:
-    match value:
-        case {
-            "name": str(name),
-            "kind": str(kind),
-            "labels": list(labels),
-            "metrics": list(metrics),
-            "is_pair": bool(is_pair),
-            **rest,
-        } if not rest and kind in DEFAULT_METRICS and metrics:
-            if all(isinstance(text, str) for text in [*labels, *metrics]):
-                try:
-                    return Task(
-                        name=name,
-                        kind=kind,
-                        labels=tuple(labels),
-                        metrics=tuple(metrics),
-                        is_pair=is_pair,
-                    )
-                except UsageError as error:
-                    raise TaskFileError(f"field 'task': {str(error)[:200]}") from None
-    raise _wrong("task", "name, kind, labels, metrics and is_pair", value)
 
 
 # --- tensors ------------------------------------------------------------------------------------
