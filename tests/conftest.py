@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
+import json
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from bitfit.encoder import Encoder
+
+# No example has a time in which it must be done: a busy machine stops any of them for longer.
+settings.register_profile("tests", settings(), deadline=None)
+settings.load_profile("tests")
 
 # Where bitfit is imported from, if by PYTHONPATH.
 SOURCE_PATH = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -74,6 +81,19 @@ def open_tiny(checkpoint: Callable[..., str]) -> Callable[..., Encoder]:
         return Encoder(load_base(checkpoint(family, seed)), **options)
 
     return open_it
+
+
+@pytest.fixture
+def log_lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """A function to the lines that a server logged."""
+    from bitfit.serve import logs
+
+    stream, logger = io.StringIO(), logs.LOGGER
+    before = logger.handlers[:], logger.propagate, logger.level
+    logs.configure(stream)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    logger.handlers, logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from bitfit.serve.shelf import Change, TaskInfo
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task
 
+PATIENCE = 120.0  # seconds: far more than anything takes on a busy machine; what hangs fails
 PREDICT, MANAGE = "predict-key-0123456789", "manage-key-0123456789"
 KEYS = Keys.parse(f"predict:{PREDICT} manage:{MANAGE}", "test")
 
@@ -154,6 +155,8 @@ class DummyEngine:
     def __init__(self, shelf, seconds=0.0):
         self.shelf, self.seconds = shelf, seconds
         self.batches: list[list[str]] = []
+        self.begun = 0
+        """Batches that it was given, answered or not."""
         self.fail = False
         self.gate = threading.Event()
         self.gate.set()
@@ -174,7 +177,8 @@ class DummyEngine:
         return ready
 
     def answer(self, ready):
-        self.gate.wait(10)
+        self.begun += 1
+        assert self.gate.wait(PATIENCE)
         if self.fail:
             for one in ready:
                 one.lease.release()
@@ -238,6 +242,13 @@ def in_site(check, keys=None, **options):
             return await check(site, client)
 
     return asyncio.run(main())
+
+
+async def until(check):
+    """Wait until ``check()`` holds: how long that takes is not the test's to say."""
+    async with asyncio.timeout(PATIENCE):
+        while not check():
+            await asyncio.sleep(0.005)
 
 
 def ask(*items, **more):

@@ -10,8 +10,10 @@ from tiny import WORDS, make_task
 
 import bitfit
 from bitfit.base import load_base
+from bitfit.batches import make_features
 from bitfit.encoder import Encoder
 from bitfit.errors import BitfitError, UnknownTask, UsageError
+from bitfit.serve import engine as engine_module
 from bitfit.serve.answers import merge_entities
 from bitfit.serve.engine import Engine, Item, Ready
 from bitfit.serve.shelf import FINGERPRINT, Shelf
@@ -204,6 +206,23 @@ def test_equal_texts_are_tokenized_once(engines):
     ready = engines().prepare([Item(name, "good film") for name in ("mood", "topic", "score")])
     assert len({id(each.features[0]) for each in ready}) == 1
     engines().answer(ready)
+
+
+def test_many_long_texts_are_tokenized_in_parts_and_answered_as_in_one(engines, monkeypatch):
+    engine, sizes = engines(), []
+    texts = ["good film " * n for n in (1, 90, 3, 120, 2, 5)]
+    items = [Item(name, text) for text in texts for name in ("mood", "topic", "words")]
+    items += [Item("qa", "what is slow", f"the red bike is slow {text}") for text in texts]
+    whole = ask(engine, items)
+
+    def make(tokenizer, task, examples, max_length):
+        sizes.append(len(examples))
+        return make_features(tokenizer, task, examples, max_length)
+
+    monkeypatch.setattr(engine_module, "make_features", make)
+    monkeypatch.setattr(engine_module, "PART_CHARS", 1000)
+    assert ask(engine, items) == whole
+    assert sizes == [3, 1, 2] * 2 + [2, 1, 1, 2]  # a text longer than a part is alone in one
 
 
 def test_leases_are_given_back_where_computing_fails(engines, monkeypatch):

@@ -1,13 +1,15 @@
 """Several services as one: replicas that die at any moment, and what they share."""
 
 import asyncio
+import logging
 import pickle
 import re
+import sys
 from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from serving import DummyEngine, ask, error_of
+from serving import PATIENCE, DummyEngine, ask, error_of
 from tiny import make_task
 
 from bitfit.errors import BitfitError, UsageError
@@ -84,12 +86,12 @@ class Site:
     async def replace_the_dead(self):
         for link, place in zip(self.front.links, self.places, strict=True):
             if place.dead.done():
-                await asyncio.wait({link.gone}, timeout=10)
+                await asyncio.wait({link.gone}, timeout=PATIENCE)
                 place.rise()
         await self.until(lambda: all(link.is_ready for link in self.front.links))
 
     async def until(self, check):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not check():
                 await asyncio.sleep(0.01)
 
@@ -201,7 +203,8 @@ def test_without_any_replica_requests_are_refused_and_changes_are_not_said_to_be
         response = await site.client.put("/v1/tasks/m", content=site.files[1].to_bytes())
         assert (response.status_code, error_of(response)["code"]) == (500, "lost")
         assert not site.front.ready
-        assert (await site.client.get("/readyz")).status_code == 503
+        response = await site.client.get("/readyz")
+        assert (response.status_code, error_of(response)["code"]) == (503, "no_replica")
         assert (await site.client.get("/healthz")).status_code == 200
         response = await site.predict()
         assert (response.status_code, error_of(response)["code"]) == (503, "no_replica")
@@ -229,11 +232,114 @@ def test_a_request_that_ends_each_replica_it_meets_does_not_end_them_all(run):
     async def check(site):
         for place in site.places:
             place.fate = {"predict": "before"}
-        assert (await site.predict()).status_code == 503
+        response = await site.predict()  # not 503, which clients repeat by themselves
+        assert (response.status_code, error_of(response)["code"]) == (500, "lost")
+        assert "each of the 3 replicas" in error_of(response)["message"]
         assert sum(place.dead.done() for place in site.places) == front_module.TRIES
         assert (await site.client.get("/v1/tasks")).status_code == 200
 
     run(check, count=4)
+
+
+def test_a_replica_comes_back_whatever_went_wrong_on_the_way(run, monkeypatch):
+    monkeypatch.setattr(front_module, "BEAT_SECONDS", 0.01)
+
+    async def check(site):
+        link, place = site.front.links[0], site.places[0]
+        wrong = [RuntimeError("a bug"), BitfitError("a bug of the replica"), Lost()]
+
+        async def send(method, *arguments, **named):
+            if method == "start" and wrong:
+                raise wrong.pop(0)
+            return await place.send(method, *arguments, **named)
+
+        monkeypatch.setattr(link, "_send", send)
+        place.die()
+        await site.replace_the_dead()
+        assert not wrong
+
+    run(check)
+
+
+def test_a_replica_is_known_to_be_lost_whatever_ends_the_call_that_stays_open(run, monkeypatch):
+    async def check(site):
+        link = site.front.links[0]
+
+        async def send(method, *_, **__):
+            assert method == "stay"
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(link, "_send", send)
+        gone = asyncio.get_running_loop().create_future()
+        with pytest.raises(RuntimeError, match="a bug"):
+            await link._stay(gone)
+        assert gone.done()
+
+    run(check)
+
+
+def test_a_replica_that_is_refused_again_and_again_has_one_call_open(run, monkeypatch):
+    monkeypatch.setattr(front_module, "BEAT_SECONDS", 0.01)
+
+    async def check(site):
+        link, place = site.front.links[0], site.places[0]
+        opened, left = [], []
+
+        async def send(method, *arguments, **named):
+            if method != "stay":
+                return await place.send(method, *arguments, **named)
+            opened.append(method)
+            try:
+                return await place.send(method)
+            finally:
+                left.append(method)
+
+        monkeypatch.setattr(link, "_send", send)
+        place.base = "b" * 64
+        place.die()
+        await asyncio.wait({link.gone}, timeout=PATIENCE)
+        place.rise()
+        await site.until(lambda: len(opened) > 4)
+        assert len(opened) - len(left) <= 1
+        assert not link.is_ready
+
+    run(check)
+
+
+def test_replicas_that_end_before_they_can_be_asked_end_the_start(tmp_path, open_tiny, log_lines):
+    encoder = open_tiny()
+
+    async def check():
+        good = Place(tmp_path, encoder)
+
+        async def dies(*_, **__):
+            raise Lost
+
+        front = Front([Link("1", good.send), Link("2", dies)], good.service.config)
+        with pytest.raises(BitfitError, match="replica 2 ended 5 times before it could be asked"):
+            await front.start()
+        await front.stop()
+        await good.service.stop(drain=False)
+
+    asyncio.run(check())
+    assert [line["replica"] for line in log_lines() if line["event"] == "replica_lost"] == ["2"] * 5
+
+
+def test_what_goes_wrong_in_a_replica_is_in_the_log_with_its_trace(run, log_lines):
+    async def check(site):
+        try:
+            raise ValueError("of the replica")
+        except ValueError:
+            record = logging.LogRecord(
+                "bitfit.serve", logging.ERROR, "here", 1, "it_failed", (), sys.exc_info()
+            )
+        site.places[0].replica._lines.emit(record)
+        await site.front._look(site.front.links[0])
+
+    run(check)
+    line = next(line for line in log_lines() if line["event"] == "it_failed")
+    assert (line["level"], line["replica"]) == ("error", "1")
+    assert "ValueError: of the replica" in line["trace"]
 
 
 # --- what passes through --------------------------------------------------------------------------
@@ -357,6 +463,22 @@ def test_the_folder_is_looked_at_by_all(run):
         site.files[1].save(site.folder / "n.bitfit.safetensors")
         (site.folder / "bad.bitfit.safetensors").write_bytes(b"nonsense")
         await site.until(lambda: [len(state) for state in site.states()] == [2, 2])
+
+    run(check, watch_seconds=0.05)
+
+
+def test_a_look_that_goes_wrong_is_not_the_last(run, monkeypatch):
+    async def check(site):
+        link, place, asked = site.front.links[0], site.places[0], []
+
+        async def send(method, *arguments, **named):
+            asked.append(arguments[0])
+            if len(asked) == 1:
+                raise RuntimeError("a bug")
+            return await place.send(method, *arguments, **named)
+
+        monkeypatch.setattr(link, "_send", send)
+        await site.until(lambda: len(asked) > 2)
 
     run(check, watch_seconds=0.05)
 

@@ -283,6 +283,20 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(limits, accepted, messa
     run(main())
 
 
+def test_a_request_with_nothing_to_compute_is_not_refused_for_tokens():
+    queue, _, _ = make(Limits(**(vars(LIMITS) | {"max_queue_tokens": 50})))
+
+    async def main():
+        queue.start()
+        large = asyncio.create_task(ask(queue, [(1, 64)]))  # alone: accepted
+        await asyncio.sleep(0)
+        assert await ask(queue, []) == []
+        await large
+        await queue.drain()
+
+    run(main())
+
+
 def test_a_wait_beyond_the_deadline_is_refused_before_any_work():
     queue, machine, _ = make()
 

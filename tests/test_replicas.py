@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -22,9 +23,15 @@ pytest.importorskip("prometheus_client", reason="needs the extra serve")
 import bitfit
 from bitfit import cli
 from bitfit.client import Client
+from bitfit.errors import BitfitError, UsageError
+from bitfit.serve import deploy
+from bitfit.serve.front import Lost
+from bitfit.serve.replica import Job
+from bitfit.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 SOURCE = str(Path(bitfit.__file__).parents[1])
+SECONDS = 600  # far more than anything takes on a busy machine: what hangs fails
 KEY, PREDICT = "manage-key-that-is-never-shown", "predict-key-that-is-never-shown"
 WORDS = "the a film bike order is was very we it good bad".split()
 
@@ -34,17 +41,25 @@ class Server:
         self.process, self.address, self.files, self.tasks = process, address, files, tasks
 
     def client(self, key=KEY):
-        return Client(self.address, key=key, retries=0, timeout=60)
+        return Client(self.address, key=key, retries=0, timeout=SECONDS)
 
     def get(self, path):
         response = httpx.get(
-            f"{self.address}{path}", headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+            f"{self.address}{path}", headers={"Authorization": f"Bearer {KEY}"}, timeout=SECONDS
         )
         response.raise_for_status()
         return response
 
     def replicas(self):
-        return self.get("/v1/stats").json()["replicas"]
+        """What is known of each, once all have answered: one that is busy may be left out."""
+        found = []
+
+        def is_whole():
+            found[:] = self.get("/v1/stats").json()["replicas"]
+            return all(one["items"] is not None for one in found)
+
+        until(is_whole)
+        return found
 
     def metric(self, name):
         return float(re.search(rf"^{name}\{{.*\}} (\S+)$", self.get("/metrics").text, re.M)[1])
@@ -88,7 +103,7 @@ def server(checkpoint, tmp_path_factory):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 try:
-                    process.wait(60)
+                    process.wait(SECONDS)
                 except subprocess.TimeoutExpired:
                     process.kill()
 
@@ -106,8 +121,8 @@ def processes_of(session):
     return found
 
 
-def until(check, seconds=90):
-    end = time.monotonic() + seconds
+def until(check):
+    end = time.monotonic() + SECONDS
     while not check():
         assert time.monotonic() < end
         time.sleep(0.1)
@@ -144,13 +159,14 @@ def test_a_replica_is_killed_under_load_and_every_request_is_answered_rightly(se
     for thread in threads:
         thread.join()
     assert back["pid"] != victim
-    assert server.metric("bitfit_replica_deaths_total") == 1
+    assert server.metric("bitfit_replica_deaths_total") >= 1  # Ray ends those that are too slow
     assert server.metric("bitfit_retried_requests_total") >= 1
     for asked, answers in found:
         assert all(answer.error is None for answer in answers)
         for text, answer in zip(asked, answers, strict=True):
             assert answer.label == expected[text].label
             assert answer.confidence == pytest.approx(expected[text].confidence, abs=1e-4)
+    until(lambda: '"event": "replica_back"' in server.log.read_text())
 
 
 def test_a_change_is_everywhere_when_it_is_answered_and_a_copied_file_within_seconds(server):
@@ -180,13 +196,17 @@ def test_a_change_is_everywhere_when_it_is_answered_and_a_copied_file_within_sec
         with server.client(PREDICT) as other, pytest.raises(bitfit.BitfitError, match="manage"):
             other.delete("m")
     server.files[1].save(server.tasks / "copied.bitfit.safetensors")
-    until(lambda: {one["tasks"] for one in server.replicas()} == {2}, 20)
+    until(lambda: {one["tasks"] for one in server.replicas()} == {2})
     assert seen("copied") == {(1, first)}
     (server.tasks / "copied.bitfit.safetensors").unlink()
-    until(lambda: {one["tasks"] for one in server.replicas()} == {1}, 20)
-    told = [json.loads(line) for line in server.log.read_text().splitlines() if "copied" in line]
-    found = [(line["change"], line["replica"]) for line in told if line["event"] == "folder"]
-    assert sorted(found) == [("added", "1"), ("added", "2"), ("removed", "1"), ("removed", "2")]
+    until(lambda: {one["tasks"] for one in server.replicas()} == {1})
+
+    def told():
+        lines = [json.loads(x) for x in server.log.read_text().splitlines() if "copied" in x]
+        return sorted((x["change"], x["replica"]) for x in lines if x["event"] == "folder")
+
+    until(lambda: len(told()) >= 4)  # a replica has done it before the server says so
+    assert told() == [("added", "1"), ("added", "2"), ("removed", "1"), ("removed", "2")]
 
 
 def test_keys_are_in_no_process_that_the_server_started(server):
@@ -207,22 +227,30 @@ def test_told_to_stop_it_answers_what_it_accepted_and_leaves_no_process(server):
         with server.client() as client:
             answers.append(client.predict([("m", "good bike")] * 3))
 
-    threads = [threading.Thread(target=ask) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    until(lambda: sum(one["queue"]["items"] for one in server.replicas()) > 0)
     started = processes_of(server.process.pid)
     assert any(b"ServeReplica" in line for line in started.values())
+    threads = []
+
+    def are_waiting():
+        """Whether all were accepted and some wait; where all are answered already, ask again."""
+        if not any(thread.is_alive() for thread in threads):
+            threads.extend(threading.Thread(target=ask) for _ in range(6))
+            for thread in threads[-6:]:
+                thread.start()
+        answered = 3 * len(answers)
+        waiting = sum(one["queue"]["items"] for one in server.replicas())
+        return waiting > 0 and answered + waiting == 3 * len(threads)
+
+    until(are_waiting)
     os.killpg(server.process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
     for thread in threads:
         thread.join()
-    assert [answer.error for found in answers for answer in found] == [None] * 18
-    assert server.process.wait(60) == 0
-    until(lambda: not processes_of(server.process.pid), 30)
+    assert [answer.error for found in answers for answer in found] == [None] * 3 * len(threads)
+    assert server.process.wait(SECONDS) == 0
+    until(lambda: not processes_of(server.process.pid))
     log = server.log.read_text()
     assert '"event": "stopped"' in log
     assert "Traceback" not in log
-    assert '"event": "replica_back"' in log
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
@@ -242,3 +270,67 @@ def test_what_cannot_be_meant_is_refused_before_anything_starts(tmp_path, capsys
     open_door = ["--host", "0.0.0.0"]  # refused too, but later
     assert cli.main(["serve", "--ray", "local", "--tasks", folder, *open_door]) == 2
     assert "pip install 'bitfit[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "share"),
+    [(1, 1, 1.0), (1, 2, 0.5), (1, 6, 0.166), (1, 7, 0.142), (2, 3, 0.5), (4, 6, 0.5)],
+)
+def test_replicas_share_gpus_in_parts_that_fit(gpus, count, share, monkeypatch):
+    monkeypatch.setattr(deploy, "_nodes", lambda: [{"Resources": {"CPU": 64, "GPU": gpus}}])
+    job = Job(base="x", config=ServeConfig(), device="cuda", threads=2, versions=())
+    needs = deploy._needs(job, count)
+    assert needs == {"CPU": 2, "GPU": share}
+    deploy._check_room(needs, count)
+    with pytest.raises(UsageError, match=rf"room for \d+ replicas of 2 CPU and {share:g} GPU each"):
+        deploy._check_room(needs, 33)
+
+
+def test_what_ray_cancels_by_itself_is_lost_and_what_we_cancel_is_not():
+    deploy._import_serve()
+
+    async def check():
+        handle = Handle(fails=asyncio.CancelledError())
+        with pytest.raises(Lost):
+            await deploy._Caller(handle).send("look")
+        held = asyncio.ensure_future(deploy._Caller(handle := Handle()).send("look"))
+        await asyncio.sleep(0)
+        held.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await held
+        assert handle.is_cancelled
+
+    asyncio.run(check())
+
+
+class Handle:
+    """A replica as Ray Serve shows it, that never answers, or fails."""
+
+    def __init__(self, fails=None):
+        self.fails, self.is_cancelled = fails, False
+        self.look = self
+
+    def remote(self):
+        return self
+
+    def cancel(self):
+        self.is_cancelled = True
+
+    def __await__(self):
+        if self.fails is not None:
+            raise self.fails
+        yield from asyncio.get_running_loop().create_future()
+
+
+def test_what_ray_raises_at_the_start_is_an_error_of_one_line(monkeypatch):
+    from ray.exceptions import RaySystemError
+
+    serve = deploy._import_serve()
+
+    def fail(**_):
+        raise RaySystemError("the controller died")
+
+    monkeypatch.setattr(serve, "start", fail)
+    job = Job(base="x", config=ServeConfig(tasks="."), versions=())
+    with pytest.raises(BitfitError, match=r"does not start the replicas: .*controller"):
+        deploy._run(serve, job, {"CPU": 1}, ["bitfit-x-1"])

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import io
+import gc
 import json
-import logging
 import platform
 import re
 import threading
+import tracemalloc
+import weakref
 
 import pytest
-from serving import KEYS, MANAGE, PREDICT, ask, error_of, in_site, open_site, task_file
+from serving import (
+    KEYS,
+    MANAGE,
+    PATIENCE,
+    PREDICT,
+    ask,
+    error_of,
+    in_site,
+    open_site,
+    task_file,
+    until,
+)
 from test_taskfile import GOOD, forge
 
 import bitfit
 from bitfit.errors import UsageError
 from bitfit.identity import BaseIdentity
-from bitfit.serve import logs
 from bitfit.serve.assets import read_assets
 from bitfit.serve.auth import Keys, check_bind
+from bitfit.serve.engine import Item
 from bitfit.serve.metrics import OTHER, Metrics
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.uploads import Uploads
@@ -156,32 +168,83 @@ def test_a_length_that_is_too_large_is_refused_before_a_byte_is_read():
     in_site(check)
 
 
-def test_bodies_that_come_too_slowly_or_too_many_at_once_are_refused():
+class Slow:
+    """Bodies of which a byte comes, and no more until ``rest`` is set."""
+
+    def __init__(self):
+        self.begun, self.rest = 0, asyncio.Event()
+
+    async def body(self):
+        yield b"{"
+        self.begun += 1  # more is asked for: what came is held
+        await self.rest.wait()
+
+
+def test_too_many_bodies_at_once_are_refused():
     async def check(site, client):
-        never = asyncio.Event()
-
-        async def slow():
-            yield b"{"
-            await never.wait()
-
-        first = asyncio.create_task(client.post("/v1/predict", content=slow()))
-        await asyncio.sleep(0.05)
+        slow = Slow()
+        first = asyncio.create_task(client.post("/v1/predict", content=slow.body()))
         # All of what may be held together is taken by a length that was only announced.
         big = {"Content-Length": "600"}
-        held = asyncio.create_task(client.post("/v1/predict", content=slow(), headers=big))
-        await asyncio.sleep(0.05)
+        held = asyncio.create_task(client.post("/v1/predict", content=slow.body(), headers=big))
+        await until(lambda: slow.begun == 2)
         response = await client.post("/v1/predict", content=b" " * 500)
         assert (response.status_code, error_of(response)["code"]) == (503, "busy")
         assert response.headers["retry-after"] == "1"
+        slow.rest.set()
         for task in (first, held):
             response = await task
+            assert (response.status_code, error_of(response)["code"]) == (400, "bad_json")
+        response = await client.post("/v1/predict", content=b" " * 1000)
+        assert response.status_code == 400  # there is room again
+
+    in_site(
+        check, max_body_bytes=1000, max_held_bytes=1000, max_upload_bytes=1000,
+        body_seconds=PATIENCE,
+    )  # fmt: skip
+
+
+def test_bodies_that_come_too_slowly_are_refused():
+    async def check(site, client):
+        slow, big = Slow(), {"Content-Length": "600"}
+        for headers in ({}, big):
+            response = await client.post("/v1/predict", content=slow.body(), headers=headers)
             assert (response.status_code, error_of(response)["code"]) == (408, "too_slow")
+        response = await client.post("/v1/predict", content=b" " * 1000)
+        assert response.status_code == 400  # nothing of them is held any more
         response = await client.post("/v1/predict", json=ask(("mood", "a")))
         assert response.status_code == 200
 
     in_site(
         check, max_body_bytes=1000, max_held_bytes=1000, max_upload_bytes=1000, body_seconds=0.3
     )
+
+
+def test_a_body_is_held_once():
+    size = 4 << 20
+
+    async def check(site, client):
+        held = []
+
+        async def put(name, data, **_):
+            held.append(tracemalloc.get_traced_memory()[0] - before)
+            raise bitfit.BitfitError("only looked")
+
+        site.service.put = put
+
+        async def chunks():
+            for _ in range(64):
+                yield b" " * (size // 64)
+
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            await client.put("/v1/tasks/x", content=chunks())
+        finally:
+            tracemalloc.stop()
+        assert size <= held[0] < 1.5 * size
+
+    in_site(check)
 
 
 # --- queue, deadlines, clients that leave ---------------------------------------------------------
@@ -194,7 +257,7 @@ def test_a_full_queue_answers_429_with_a_time_to_come_back():
             asyncio.create_task(client.post("/v1/predict", json=ask(("mood", "a"))))
             for _ in range(4)
         ]
-        await asyncio.sleep(0.1)
+        await until(lambda: site.service.queue.items == 4)
         response = await client.post("/v1/predict", json=ask(("mood", "b")))
         assert response.status_code == 429
         assert error_of(response)["code"] == "queue_full"
@@ -209,8 +272,8 @@ def test_a_deadline_that_passes_is_504_and_what_waits_is_not_computed():
     async def check(site, client):
         site.engine.gate.clear()
         first = asyncio.create_task(client.post("/v1/predict", json=ask(("mood", "first"))))
-        await asyncio.sleep(0.05)
-        response = await client.post("/v1/predict", json=ask(("mood", "late"), deadline_ms=50))
+        await until(lambda: site.engine.begun)
+        response = await client.post("/v1/predict", json=ask(("mood", "late"), deadline_ms=200))
         assert response.status_code == 504
         assert error_of(response)["code"] == "deadline"
         site.engine.gate.set()
@@ -225,7 +288,7 @@ def test_a_client_that_goes_away_is_not_computed_for():
     async def check(site, client):
         site.engine.gate.clear()
         first = asyncio.create_task(client.post("/v1/predict", json=ask(("mood", "first"))))
-        await asyncio.sleep(0.05)
+        await until(lambda: site.engine.begun)
         body = json.dumps(ask(("mood", "gone"))).encode()
         events = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
         sent = []
@@ -247,6 +310,40 @@ def test_a_client_that_goes_away_is_not_computed_for():
         site.engine.gate.set()
         assert (await first).status_code == 200
         assert site.engine.batches == [["first"]]
+
+    in_site(check)
+
+
+@pytest.mark.parametrize("ends_by", ["deadline", "client"])
+def test_texts_that_nobody_waits_for_are_neither_read_nor_kept(ends_by):
+    async def check(site, client):
+        prepare, asked, gate = site.engine.prepare, [], threading.Event()
+
+        def slow(items):
+            asked.append([item.text for item in items])
+            assert gate.wait(PATIENCE)
+            return prepare(items)
+
+        site.engine.prepare = slow
+        first = asyncio.create_task(client.post("/v1/predict", json=ask(("mood", "first"))))
+        await until(lambda: asked)
+        item = Item("mood", "given up")
+        kept = weakref.ref(item)
+        deadline = 10 if ends_by == "deadline" else None
+        work = asyncio.create_task(site.service.predict([item], deadline_ms=deadline))
+        del item
+        await until(lambda: site.service.queue.items == 2)
+        if ends_by == "client":
+            work.cancel()
+        await asyncio.wait({work})
+        assert work.cancelled() if ends_by == "client" else work.exception().status == 504
+        del work
+        gc.collect()
+        assert kept() is None
+        gate.set()
+        assert (await first).status_code == 200
+        assert (await client.post("/v1/predict", json=ask(("mood", "last")))).status_code == 200
+        assert asked == [["first"], ["last"]]
 
     in_site(check)
 
@@ -274,9 +371,9 @@ def test_a_server_that_stops_answers_what_it_has_accepted():
                 asyncio.create_task(client.post("/v1/predict", json=ask(("mood", str(i)))))
                 for i in range(8)
             ]
-            await asyncio.sleep(0.1)
+            await until(lambda: site.service.queue.items == 8)
             stopping = asyncio.create_task(site.service.stop())
-            await asyncio.sleep(0.05)
+            await until(lambda: not site.service.ready)
             assert (await client.get("/readyz")).status_code == 503
             assert (await client.get("/healthz")).status_code == 200
             response = await client.post("/v1/predict", json=ask(("mood", "new")))
@@ -292,31 +389,28 @@ def test_a_server_that_stops_answers_what_it_has_accepted():
     asyncio.run(main())
 
 
-def test_twice_the_load_is_refused_in_part_and_the_rest_is_answered_in_time():
+def test_more_than_can_be_computed_is_refused_in_part_and_the_rest_is_answered():
     async def check(site, client):
-        loop = asyncio.get_running_loop()
-        times, refused, most = [], 0, 0
+        answered = refused = most = 0
 
         async def one(i):
-            nonlocal refused, most
-            await asyncio.sleep(i * 0.01)  # 100 a second; the engine does 50
-            began = loop.time()
+            nonlocal answered, refused, most
+            # 100 a second; the engine does 12, so that a machine that sends far fewer of them
+            # still sends too many.
+            await asyncio.sleep(i * 0.01)
             response = await client.post("/v1/predict", json=ask(("mood", "a b")))
             most = max(most, site.service.queue.items)
-            if response.status_code == 200:
-                times.append(loop.time() - began)
-            else:
-                assert response.status_code == 429
-                refused += 1
+            assert response.status_code in (200, 429)  # and never 504: late
+            answered += response.status_code == 200
+            refused += response.status_code == 429
 
         await asyncio.gather(*map(one, range(200)))
         # Exact bounds are those of the queue's own tests, whose clock no other program slows.
         assert refused > 30
-        assert len(times) > 20
-        assert max(times) < 4
-        assert most <= 60
+        assert answered > 10
+        assert most <= 20
 
-    in_site(check, seconds=0.005, max_tokens=16, max_delay_ms=200, max_queue_items=60, max_items=8)
+    in_site(check, seconds=0.02, max_tokens=16, max_delay_ms=200, max_queue_items=20, max_items=8)
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -439,14 +533,11 @@ def test_what_batches_freed_is_given_back_between_them_and_not_at_rest(monkeypat
     async def check(site, client):
         await asyncio.sleep(0.1)
         assert threads == []
-        for _ in range(2):
-            before = len(threads)
+        for count in (1, 2):
             assert (await client.post("/v1/predict", json=ask(("mood", "hi")))).status_code == 200
-            async with asyncio.timeout(20):
-                while len(threads) == before:
-                    await asyncio.sleep(0.01)
+            await until(lambda count=count: len(threads) >= count)
             await asyncio.sleep(0.1)
-            assert len(threads) == before + 1
+            assert len(threads) == count
         assert {name.rpartition("_")[0] for name in threads} == {"bitfit-engine"}
 
     in_site(check)
@@ -456,7 +547,8 @@ def test_memory_that_was_freed_is_given_back():
     from bitfit.bench.memory import resident_bytes
     from bitfit.freed import trim
 
-    blocks = [bytes(100_000) for _ in range(1000)]
+    # Written to: pages of zeros that nobody touched are not in memory.
+    blocks = [b"x" * 100_000 for _ in range(1000)]
     last = blocks.pop()  # above them in the heap: without it the system would have them back
     del blocks
     before = resident_bytes()
@@ -570,7 +662,7 @@ def test_servers_that_share_a_folder_take_over_what_the_others_were_sent(tmp_pat
     first, second = task_file().to_bytes(), task_file(licence="other").to_bytes()
 
     async def eventually(client, wanted):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 response = await client.get("/v1/tasks/new/file")
                 if (response.content if response.status_code == 200 else None) == wanted:
@@ -618,6 +710,41 @@ def test_what_cannot_be_kept_is_not_served(tmp_path, monkeypatch):
         response = await client.put("/v1/tasks/new", content=GOOD)
         assert response.status_code == 500
         assert "new" not in site.shelf.versions
+
+    in_site(check, uploads=Uploads(tmp_path))
+
+
+def test_a_rollback_that_cannot_be_kept_is_undone(tmp_path, monkeypatch):
+    async def check(site, client):
+        def fail(*_, **__):
+            raise bitfit.BitfitError("no space left")
+
+        for file in (GOOD, task_file("new", labels=("no", "yes")).to_bytes()):
+            now = (await client.put("/v1/tasks/new", content=file)).json()
+        monkeypatch.setattr(site.service.uploads, "record", fail)
+        assert (await client.post("/v1/tasks/new/rollback")).status_code == 500
+        assert site.shelf.info("new").fingerprint == now["fingerprint"]
+
+    in_site(check, uploads=Uploads(tmp_path))
+
+
+def test_what_is_no_bug_is_not_called_one_and_the_log_says_what_it_is(
+    tmp_path, monkeypatch, log_lines
+):
+    async def check(site, client):
+        def fail(*_, **__):
+            raise bitfit.BitfitError("/secret/place: no space left")
+
+        monkeypatch.setattr(site.service.uploads, "record", fail)
+        response = await client.put("/v1/tasks/new", content=GOOD)
+        error = error_of(response)
+        assert (response.status_code, error["code"]) == (500, "failed")
+        assert "bug" not in error["message"]
+        assert "secret" not in response.text
+        line = next(line for line in log_lines() if line["event"] == "failed")
+        assert (line["message"], line["id"]) == (
+            "/secret/place: no space left", error["details"]["id"],
+        )  # fmt: skip
 
     in_site(check, uploads=Uploads(tmp_path))
 
@@ -672,8 +799,9 @@ def test_keys_are_read_from_a_file_or_the_environment_and_never_shown(tmp_path, 
         (secret, "expected ROLE:KEY"),
         ("predict:short", "the key has 5 characters, expected 16"),
         ("# nothing", "no key in it"),
+        (f"predict:{secret}é", "keys:1: the key is not ASCII"),
     ]:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(UsageError, match=message) as refused:
             Keys.load(path)
         assert secret not in str(refused.value)
@@ -810,18 +938,6 @@ def test_rates_are_those_of_the_last_seconds():
     assert (found["items_per_s"], found["latency_ms"]["p50"], found["items"]) == (0, None, 80)
 
 
-@pytest.fixture
-def log_lines():
-    """A function to the lines that were logged."""
-    stream = io.StringIO()
-    logger = logging.getLogger("bitfit.serve")
-    before = logger.handlers[:], logger.propagate, logger.level
-    logs.configure(stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    logger.handlers, logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
-
-
 def test_the_log_has_no_texts_and_no_keys(log_lines):
     async def check(site, client):
         await client.post("/v1/predict", json=ask(("mood", "a private text"), ("x", "another one")))
@@ -867,7 +983,7 @@ def test_texts_are_logged_where_that_is_asked_for(log_lines):
         ({"deadline_ms": 0}, "deadline_ms is 0; expected a number above 0"),
         ({"max_delay_ms": float("nan")}, "max_delay_ms is nan"),
         ({"max_items": 5000}, "could never be accepted"),
-        ({"max_body_bytes": 1 << 30}, "max_held_bytes"),
+        ({"max_body_bytes": 1 << 30}, r"max_body_bytes is 1073741824.*\(max_held_bytes\)"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(changes, message):
@@ -896,7 +1012,7 @@ def test_openapi_describes_every_route_with_examples():
         for path, entry in schema["paths"].items():
             for method, call in entry.items():
                 assert call["description"], (method, path)
-                assert "503" in call["responses"]
+                assert {"500", "503"} <= call["responses"].keys()
                 if path.startswith("/v1"):
                     assert call["security"]
         assert "HTTPValidationError" not in models

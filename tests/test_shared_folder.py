@@ -145,6 +145,24 @@ def test_a_change_that_is_asked_for_twice_is_made_once(run):
     run(check)
 
 
+def test_a_pinned_task_is_pinned_at_all_servers_and_after_a_restart(run):
+    data = [file.to_bytes() for file in run.files]
+
+    async def pin(a, b):
+        await a.put("m", data[0], pinned=True, by="x")
+        again, _ = await b.put("m", data[0], pinned=True, by="x")
+        await a.put("n", data[1])
+        await b.look()
+        assert again.pinned
+        assert [[i.pinned for i in s.shelf.infos()] for s in (a, b)] == [[True, False]] * 2
+
+    async def begin_again(a):
+        assert [info.pinned for info in a.shelf.infos()] == [True, False]
+
+    run(pin)
+    run(begin_again, count=1)
+
+
 def test_files_replaced_in_the_folder_keep_their_numbers_over_a_restart(run):
     path = run.folder / "m.bitfit.safetensors"
     run.files[0].save(path)

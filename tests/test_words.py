@@ -24,6 +24,7 @@ def words(text):
             "Mr.", "Hill", ",", "of", "the", "U.S.", ",", "paid", "$", "3.50", "..."]),
         ("don't (re-send) e-mails :-)", ["don't", "(", "re-send", ")", "e-mails", ":-)"]),
         ("It was on.", ["It", "was", "on", "."]),
+        ("I saw Bob. \n", ["I", "saw", "Bob", "."]),  # no text follows
         ("  \n ", []),
     ],
 )  # fmt: skip

@@ -13,7 +13,8 @@ from typing import Any
 
 from bitfit.errors import BitfitError, MissingExtra, UsageError
 
-_PLACE = re.compile(r"(?:ray://)?(\S+):(\d+)")
+_PLACE = re.compile(r"(?:ray://)?(\S+):([0-9]{1,5})")
+_LAST_PORT = 65_535
 # How long an address may take to answer at all; Ray itself tries for minutes.
 _ANSWER_SECONDS = 10.0
 
@@ -26,10 +27,13 @@ def check_address(address: str) -> None:
         UsageError: neither ``local`` nor ``auto`` nor an address.
     """
     import_ray()
-    if address not in ("local", "auto") and not _PLACE.fullmatch(address):
+    if address in ("local", "auto"):
+        return
+    place = _PLACE.fullmatch(address)
+    if place is None or not 0 < int(place[2]) <= _LAST_PORT:
         raise UsageError(
             f"--ray {address!r}: expected local (a cluster of this machine alone), auto (the one "
-            "that runs here), HOST:PORT or ray://HOST:PORT"
+            f"that runs here), HOST:PORT or ray://HOST:PORT, PORT from 1 to {_LAST_PORT}"
         )
 
 

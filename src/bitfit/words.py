@@ -25,18 +25,19 @@ def find_words(text: str) -> list[tuple[int, int]]:
     (``don't``, ``e-mail``, ``3.5``): where the data splits such words, give them split.
     """
     found = []
+    last = len(text.rstrip())
     for piece in _PIECE.finditer(text):
-        found += _split(text, *piece.span())
+        found += _split(text, *piece.span(), more=piece.end() < last)
     return found
 
 
-def _split(text: str, begin: int, end: int) -> list[tuple[int, int]]:
-    """Return the words of a piece without white space."""
+def _split(text: str, begin: int, end: int, *, more: bool) -> list[tuple[int, int]]:
+    """Return the words of a piece without white space; ``more``: text follows."""
     core = _CORE.search(text, begin, end)
     if core is None:  # marks only: ":-)", "--"
         return [(begin, end)]
     first, last = core.span()
-    if re.match(r"\.(?!\.)", text[last:end]) and _keeps_period(core.group(), more=end < len(text)):
+    if re.match(r"\.(?!\.)", text[last:end]) and _keeps_period(core.group(), more=more):
         last += 1
     before = [mark.span() for mark in _MARKS.finditer(text, begin, first)]
     after = [mark.span() for mark in _MARKS.finditer(text, last, end)]

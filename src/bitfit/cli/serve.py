@@ -189,8 +189,9 @@ def _serve_replicas(given: Mapping[str, Any], config: Any, keys: Any, listener: 
 
 
 def _serve(
-    given: Mapping[str, Any], service: Any, config: Any, keys: Any, listener: Any, **more: int
-) -> None:
+    given: Mapping[str, Any], service: Any, config: Any, keys: Any, listener: Any,
+    replicas: int | None = None,
+) -> None:  # fmt: skip
     import asyncio
 
     from bitfit.serve import logs
@@ -200,11 +201,11 @@ def _serve(
         tasks, base = service.task_count, given["base"]
         if given["as_json"]:
             found = {"address": config.address, "base": base, "tasks": tasks}
-            console.print_json(found | more)
+            console.print_json(found if replicas is None else found | {"replicas": replicas})
             sys.stdout.flush()
         else:
             count = console.count(tasks, "task")
-            by = "".join(f" by {number} {what}" for what, number in more.items())
+            by = "" if replicas is None else f" by {console.count(replicas, 'replica')}"
             console.say(f"{count} on {base}{by} at {config.address}/")
         if not given["quiet"]:
             for line in _remarks(config, len(keys), given["tasks"]):
@@ -226,10 +227,12 @@ def _check_replicas(given: Mapping[str, Any]) -> None:
 
 
 def _remarks(config: Any, keys: int, tasks: str | None) -> list[str]:
+    from bitfit.serve.sources import is_url
+
     found = [f"the page is at {config.address}/, the API's description at /openapi.json"]
     if tasks is None:
         found.append("no --tasks: what is uploaded is gone when the server ends")
-    elif "://" in tasks:
+    elif is_url(tasks):
         found.append("--tasks is a URL: what is uploaded is gone when the server ends")
     if not keys:
         found.append(

@@ -50,6 +50,9 @@ class Serves(Protocol):
     @ready.setter
     def ready(self, value: bool) -> None: ...
 
+    def refusal(self) -> RequestFailed:
+        """Return what a request is answered with where none is taken."""
+
     @property
     def broken(self) -> bool:
         """Whether nothing is answered any more, though nobody stopped it."""
@@ -156,7 +159,7 @@ class _Routes:
             method: str, path: str, call: Callable[..., Any], status: int, answer: Any,
             *, needs: Any = (), errors: tuple[int, ...] = (), also: Any = None, **more: Any,
         ) -> None:  # fmt: skip
-            codes = (*errors, *((401, 403) if needs else ()), 503)
+            codes = (*errors, *((401, 403) if needs else ()), 500, 503)
             told = {code: _json("An error.", wire.ErrorOut) for code in codes}
             is_model = isinstance(answer, type)
             told[status] = _json("Done.", answer) if is_model else {"description": "Done."} | answer
@@ -166,7 +169,7 @@ class _Routes:
             )  # fmt: skip
 
         route("POST", "/v1/predict", self.predict, 200, wire.PredictOut, needs=predict,
-              errors=(400, 404, 408, 413, 422, 429, 500, 504), tags=["predict"],
+              errors=(400, 404, 408, 413, 422, 429, 504), tags=["predict"],
               openapi_extra=_body("application/json",
                                   {"$ref": "#/components/schemas/PredictIn"}))  # fmt: skip
         route("GET", "/v1/tasks", self.tasks, 200, wire.TasksOut, needs=predict, errors=(422,),
@@ -308,7 +311,7 @@ class _Routes:
     async def readyz(self) -> Response:
         """Say whether requests are taken."""
         if not self._service.ready:
-            raise RequestFailed(503, "starting, or shutting down", code="closing")
+            raise self._service.refusal()
         return Json({"status": "ok"})
 
     async def page(self, request: Request, asset: str = "index.html") -> Response:

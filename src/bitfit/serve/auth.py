@@ -163,6 +163,8 @@ def _parse_entry(entry: str, where: str) -> tuple[bytes, Role]:
         raise UsageError(f"{where}: expected ROLE:KEY with a role of {', '.join(ROLES)}")
     if (hashed := _HASHED.fullmatch(key)) is not None:
         return bytes.fromhex(hashed[1]), _role(role)
+    if not key.isascii():
+        raise UsageError(f"{where}: the key is not ASCII, which alone a request's header can carry")
     if len(key) < SHORTEST:
         raise UsageError(f"{where}: the key has {len(key)} characters, expected {SHORTEST} or more")
     return sha256(key.encode()).digest(), _role(role)

@@ -56,8 +56,10 @@ class Bodies:
         except BaseException:
             self.held -= taken
             raise
+        body = bytes(data)
+        data.clear()  # one copy is held, and counted
         try:  # apart from the above: what times out in here is no body that did not come
-            yield bytes(data)
+            yield body
         finally:
             self.held -= taken
 

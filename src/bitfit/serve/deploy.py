@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
 import socket
@@ -25,6 +26,7 @@ from bitfit.cluster import connected, import_ray
 from bitfit.errors import BitfitError, MissingExtra, UsageError
 from bitfit.serve.front import Link, Lost
 from bitfit.serve.replica import Job, Replica, Reply
+from bitfit.serve.sources import is_url
 
 HEALTH_SECONDS, HEALTH_TIMEOUT = 2.0, 10.0
 """How often Ray Serve asks for a replica's health, and how long it waits before it ends it."""
@@ -44,7 +46,7 @@ def check_options(ray: str, tasks: str | None) -> None:
             f"--ray {ray}: replicas cannot be asked through Ray's client port; start the server on "
             "a machine of the cluster, with --ray auto or --ray HOST:PORT"
         )
-    if tasks is None or "://" in tasks:
+    if tasks is None or is_url(tasks):
         raise UsageError(
             "--ray needs --tasks DIR, a folder that all replicas see"
             + ("" if tasks is None else f", and {tasks} is a URL")
@@ -98,10 +100,11 @@ def _import_serve() -> Any:
     return serve
 
 
-def _serve_error() -> type[Exception]:
+def _ray_errors() -> tuple[type[Exception], ...]:
+    """Return what Ray raises, and what its Serve does."""
     from ray.serve.exceptions import RayServeException
 
-    return RayServeException  # type: ignore[no-any-return]
+    return import_ray().exceptions.RayError, RayServeException
 
 
 def _run(serve: Any, job: Job, needs: dict[str, float], names: list[str]) -> list[Link]:
@@ -117,11 +120,12 @@ def _run(serve: Any, job: Job, needs: dict[str, float], names: list[str]) -> lis
     targets = [
         serve.RunTarget(deployment.bind(job), name=name, route_prefix=None) for name in names
     ]
+    failures: tuple[type[Exception], ...] = (RuntimeError, TimeoutError, *_ray_errors())
     try:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         _remove(serve, names[0].rpartition("-")[0])  # of a server that was killed
         handles = serve.run_many(targets)
-    except (RuntimeError, TimeoutError, _serve_error()) as error:
+    except failures as error:
         raise BitfitError(f"Ray Serve does not start the replicas: {error}") from error
     return [Link(str(number), _Caller(handle).send) for number, handle in enumerate(handles, 1)]
 
@@ -131,7 +135,7 @@ class _Caller:
 
     def __init__(self, handle: Any) -> None:
         self._handle, self._errors = handle, import_ray().exceptions
-        self._serve_error = _serve_error()
+        self._lost = _ray_errors()
 
     async def send(self, method: str, *arguments: Any, **named: Any) -> Reply:
         """Return the reply, from the replica that is there or the one that comes.
@@ -145,11 +149,14 @@ class _Caller:
             reply: Reply = await response
         except asyncio.CancelledError:
             response.cancel()
-            raise
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise Lost from None  # cancelled where it was computed, and not here
         except self._errors.RayTaskError as error:
             last = str(error.cause).strip().rpartition("\n")[2]
             raise BitfitError(f"a replica failed: {type(error.cause).__name__}: {last}") from error
-        except (self._errors.RayError, self._serve_error) as error:
+        except self._lost as error:
             raise Lost from error
         return reply
 
@@ -157,7 +164,7 @@ class _Caller:
 def _remove(serve: Any, name: str) -> None:
     """Remove a server's applications from the cluster."""
     ours = re.compile(re.escape(name) + r"-\d+")
-    with suppress(RuntimeError, _serve_error()):
+    with suppress(RuntimeError, *_ray_errors()):
         for found in list(serve.status().applications):
             if ours.fullmatch(found):
                 serve.delete(found)
@@ -171,7 +178,8 @@ def _needs(job: Job, count: int) -> dict[str, float]:
     )
     if wants_gpu:
         there = sum(node["Resources"].get("GPU", 0) for node in _nodes())
-        needs["GPU"] = 1.0 if there >= count else round(there / count, 3)
+        if there:  # so many on each, and down: parts that add up to more than one do not fit
+            needs["GPU"] = math.floor(1000 / math.ceil(count / there)) / 1000
     return needs
 
 
@@ -182,9 +190,10 @@ def _check_room(needs: dict[str, float], count: int) -> None:
         for node in _nodes()
     )
     if room < count:
+        each = " and ".join(f"{need:g} {name}" for name, need in needs.items())
         raise UsageError(
-            f"the machines of the Ray cluster have room for {room} replicas of "
-            f"{needs['CPU']:g} CPUs, not for {count}: give --replicas or --threads that fit"
+            f"the machines of the Ray cluster have room for {room} replicas of {each} each, not "
+            f"for {count}: give --replicas or --threads that fit"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bitfit.errors import BitfitError
 from bitfit.serve.auth import Keys, check_browser
 from bitfit.serve.failures import RequestFailed
 from bitfit.serve.logs import log
@@ -71,6 +72,13 @@ class Edge:
             await self._app(scope, receive, answer.send)
         except RequestFailed as failed:
             await answer.fail(failed)
+        except BitfitError as error:
+            log("failed", level=logging.ERROR, trace=True, id=answer.id,
+                path=scope["path"][:200], message=str(error))  # fmt: skip
+            await answer.fail(
+                RequestFailed(500, "it could not be done; the server's log says why under this id",
+                              code="failed", details={"id": answer.id})
+            )  # fmt: skip
         except Exception:
             log("internal_error", level=logging.ERROR, trace=True, id=answer.id,
                 path=scope["path"][:200])  # fmt: skip

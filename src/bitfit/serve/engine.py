@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from bitfit.model import as_example
 from bitfit.serve.answers import best_window, make_result
 from bitfit.serve.shelf import Lease, Shelf
 from bitfit.tasks import Example, Task
+
+PART_CHARS = 1 << 18
+"""Characters tokenized in one call: until it ends a tokenizer keeps all that it cuts off too."""
 
 
 @dataclass(frozen=True)
@@ -136,21 +139,27 @@ class Engine:
             if text not in distinct:
                 distinct[text] = len(distinct)
                 chosen.append(example)
+        features: list[list[Feature]] = [[] for _ in chosen]
+        cut: set[int] = set()
         try:
-            with self._tokenizing:
-                made = make_features(tokenizer, members[0][1].task, chosen, max_length)
+            for begin, end in _parts(distinct):
+                with self._tokenizing:
+                    made = make_features(
+                        tokenizer, members[0][1].task, chosen[begin:end], max_length
+                    )
+                for feature in made.items:
+                    features[begin + feature.example].append(feature)
+                cut |= {begin + number for number in made.cut}
         except UsageError as error:  # a length limit that leaves no room for a context
             for place, _, _ in members:
                 found[place] = error
             return
-        features: list[list[Feature]] = [[] for _ in chosen]
-        for feature in made.items:
-            features[feature.example].append(feature)
         for place, lease, example in members:
             item = items[place]
-            own = features[distinct[item.text, item.text_pair]]
+            number = distinct[item.text, item.text_pair]
+            own = features[number]
             found[place] = Ready(
-                lease.again(), item, example, own, sum(map(len, own)), own[0].example in made.cut
+                lease.again(), item, example, own, sum(map(len, own)), number in cut
             )
 
     def answer(self, ready: Sequence[Ready]) -> list[Answer]:
@@ -171,6 +180,18 @@ class Engine:
         finally:
             for each in ready:
                 each.lease.release()
+
+
+def _parts(texts: Iterable[tuple[str, str | None]]) -> Iterator[tuple[int, int]]:
+    """Yield where parts of ``texts`` begin and end, each of at most ``PART_CHARS`` or one text."""
+    begin = end = chars = 0
+    for text, pair in texts:
+        size = len(text) + len(pair or "")
+        if end > begin and chars + size > PART_CHARS:
+            yield begin, end
+            begin, chars = end, 0
+        end, chars = end + 1, chars + size
+    yield begin, end
 
 
 def _is_unknown(found: Lease | BitfitError) -> bool:

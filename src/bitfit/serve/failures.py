@@ -77,6 +77,11 @@ def _rebuild(
     return RequestFailed(status, message, code=code, details=details, headers=headers)
 
 
+def closing() -> RequestFailed:
+    """Return what is answered before a server takes requests, and when it takes no more."""
+    return RequestFailed(503, "starting, or shutting down", code="closing")
+
+
 def from_error(error: BitfitError) -> RequestFailed:
     """Return what a request is answered with where ``error`` stopped it."""
     status, code = next((s, c) for kind, s, c in _OF_ERRORS if isinstance(error, kind))

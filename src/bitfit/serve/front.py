@@ -21,8 +21,8 @@ from prometheus_client.registry import Collector
 import bitfit
 from bitfit.errors import BitfitError, UnknownTask
 from bitfit.serve.engine import Item
-from bitfit.serve.failures import RequestFailed
-from bitfit.serve.logs import log
+from bitfit.serve.failures import RequestFailed, closing
+from bitfit.serve.logs import LOGGER, log
 from bitfit.serve.metrics import Metrics
 from bitfit.serve.replica import Facts, Line, Reply
 from bitfit.serve.service import Found, describe_limits, outcome
@@ -31,6 +31,8 @@ from bitfit.serve.shelf import TaskInfo
 
 TRIES = 3
 """How many replicas a request may be sent to: one that ends them all would else end each."""
+STARTS = 5
+"""How often a replica may end before it can be asked, when the server starts."""
 BACK_SECONDS = 30.0
 """How long what was lost waits for a replica when there is none left."""
 GRACE_SECONDS = 2.0
@@ -75,6 +77,7 @@ class Link:
             Lost: it died meanwhile.
             BitfitError: it cannot open the base or the tasks.
         """
+        await self.close()  # one that was refused may still be there, and a call to it open
         reply = await self._send("start")
         if reply.is_lost:
             raise Lost
@@ -95,7 +98,8 @@ class Link:
             await self._send("stay")
         except (Lost, BitfitError):
             pass
-        self._lose(gone)
+        finally:  # whatever it was: else nobody would start it again
+            self._lose(gone)
 
     def _lose(self, gone: asyncio.Future[None]) -> None:
         if not gone.done():
@@ -183,6 +187,15 @@ class Front:
     def ready(self, value: bool) -> None:
         self._is_open = value
 
+    def refusal(self) -> RequestFailed:
+        """Return what a request is answered with where none is taken."""
+        if not self._is_open:
+            return closing()
+        return RequestFailed(
+            503, "no replica can be asked now; try again in 5 s", code="no_replica",
+            headers={"Retry-After": "5"},
+        )  # fmt: skip
+
     @property
     def broken(self) -> bool:
         """Whether this process works no more; a replica that does not is replaced."""
@@ -209,15 +222,22 @@ class Front:
         self._is_open = True
 
     async def _first(self, link: Link) -> BitfitError | None:
-        while True:
+        for _ in range(STARTS):
             try:
                 await self._begin(link)
             except Lost:
+                log("replica_lost", level=logging.WARNING, replica=link.name,
+                    message="it ended before it could be asked; it is started again")  # fmt: skip
                 await asyncio.sleep(0.5)
             except BitfitError as error:
                 return error
             else:
                 return None
+        return BitfitError(
+            f"replica {link.name} ended {STARTS} times before it could be asked: perhaps there is "
+            "too little memory for the base; what it printed is in Ray's folder, "
+            "/tmp/ray/session_latest/logs"
+        )
 
     async def _begin(self, link: Link) -> None:
         """Make a replica that was started one that is asked: with all changes until now."""
@@ -254,6 +274,9 @@ class Front:
                     log("replica_refused", level=logging.ERROR, replica=link.name,
                         message=str(error))  # fmt: skip
                     await asyncio.sleep(BEAT_SECONDS)
+                except Exception:  # a bug; without this loop the replica would never be back
+                    log("replica_refused", level=logging.ERROR, trace=True, replica=link.name)
+                    await asyncio.sleep(BEAT_SECONDS)
             log("replica_back", replica=link.name, pid=link.facts.pid, machine=link.facts.host)
 
     async def _beat(self, link: Link) -> None:
@@ -261,7 +284,10 @@ class Front:
         seconds = self.config.watch_seconds
         while True:
             await asyncio.sleep(seconds or BEAT_SECONDS)
-            await self._look_if_there(link, "look" if seconds else "ping")
+            try:
+                await self._look_if_there(link, "look" if seconds else "ping")
+            except Exception:  # a bug; the next look may go well
+                log("watch_failed", level=logging.ERROR, trace=True, replica=link.name)
 
     async def _look(self, link: Link, how: str = "look") -> None:
         try:
@@ -274,8 +300,9 @@ class Front:
         except (BitfitError, RequestFailed) as error:
             log("watch_failed", level=logging.WARNING, replica=link.name, message=str(error))
             return
-        for line in lines:
-            log(line.event, level=line.level, replica=link.name, **line.fields)
+        for line in lines:  # not by log(): a trace is text by now
+            fields = {"replica": link.name, **line.fields}
+            LOGGER.log(line.level, line.event, extra={"fields": fields})
 
     async def stop(self, *, drain: bool = True) -> None:
         """Keep the replicas no more. What was accepted was answered before, or never is."""
@@ -302,7 +329,8 @@ class Front:
             **named: its arguments by name.
 
         Raises:
-            RequestFailed: 503, there is no replica; or as the method.
+            RequestFailed: 503, there is no replica; 500, each that it was sent to was lost; or as
+                the method.
             BitfitError: as the method.
         """
         loop = asyncio.get_running_loop()
@@ -323,13 +351,15 @@ class Front:
                 first = None
         if attempt and "by" in named:  # no 503: a client that repeats it could make it twice
             raise RequestFailed(
-                500, "its replica was lost, and there is no other: look whether the change was "
+                500, "its replica was lost, and no other made it: look whether the change was "
                 "made before you repeat it", code="lost",
             )  # fmt: skip
-        raise RequestFailed(
-            503, "no replica can be asked now; try again in 5 s", code="no_replica",
-            headers={"Retry-After": "5"},
-        )  # fmt: skip
+        if link is not None:  # no 503: a client that repeats it could end the others too
+            raise RequestFailed(
+                500, f"each of the {TRIES} replicas that it was sent to was lost before it "
+                "answered, perhaps of this request", code="lost",
+            )  # fmt: skip
+        raise self.refusal()
 
     def _choose(self) -> Link | None:
         """Return the replica with the fewest texts open; of several, each in turn."""

@@ -176,11 +176,6 @@ class MicroBatcher(Generic[T, R]):
             await self._worker
 
     @property
-    def closing(self) -> bool:
-        """Whether nothing more is accepted."""
-        return self._closing
-
-    @property
     def broken(self) -> bool:
         """Whether the worker ended though it was not told to."""
         return self._worker is not None and self._worker.done() and not self._closing
@@ -199,6 +194,8 @@ class MicroBatcher(Generic[T, R]):
 
     async def run(self, work: Sequence[tuple[T, int]], deadline: float) -> list[R]:
         """Return the result of each payload; :meth:`Place.run` says what it raises."""
+        if not work:
+            return []
         tokens = sum(cost for _, cost in work)
         if self._waiting_tokens and self._waiting_tokens + tokens > self.limits.max_queue_tokens:
             self._drop(payload for payload, _ in work)
@@ -207,8 +204,6 @@ class MicroBatcher(Generic[T, R]):
                 f"{self.limits.max_queue_tokens}",
                 retry_after=self.expected_wait,
             )
-        if not work:
-            return []
         request = self._enqueue(work, deadline)
         try:
             async with asyncio.timeout_at(None if math.isinf(deadline) else deadline):

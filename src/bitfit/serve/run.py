@@ -21,6 +21,7 @@ from bitfit.serve.logs import log
 from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.shelf import Shelf
+from bitfit.serve.sources import is_url
 from bitfit.serve.uploads import Uploads
 
 BACKLOG = 2048
@@ -53,14 +54,14 @@ def open_service(
         UsageError: the folder of tasks is none.
     """
     config = config or ServeConfig()
-    is_url = config.tasks is not None and "://" in config.tasks
-    if config.tasks is not None and not is_url:
-        _check_folder(Path(config.tasks))
+    folder = None if config.tasks is None or is_url(config.tasks) else Path(config.tasks)
+    if folder is not None:
+        _check_folder(folder)
     if isinstance(base, str):
         base = open_encoder(base, dtype, device, revision=revision)
     shelf = Shelf(base, storage=storage, max_resident=max_resident)
     engine = Engine(shelf, max_tokens=config.max_tokens)
-    uploads = Uploads(config.tasks) if config.tasks is not None and not is_url else None
+    uploads = None if folder is None else Uploads(folder)
     return Service(shelf, engine, config, base=describe_base(base), uploads=uploads)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from bitfit.comparison import bias_change, compare
 from bitfit.errors import BitfitError, UnknownTask, UnreadableTaskFile
 from bitfit.freed import trim
 from bitfit.serve.engine import Answer, Engine, Item, Ready
-from bitfit.serve.failures import RequestFailed
+from bitfit.serve.failures import RequestFailed, closing
 from bitfit.serve.logs import log
 from bitfit.serve.metrics import Metrics
 from bitfit.serve.microbatch import (
@@ -107,6 +107,10 @@ class Service:
     def task_count(self) -> int:
         """How many tasks can be asked."""
         return len(self.shelf)
+
+    def refusal(self) -> RequestFailed:
+        """Return what a request is answered with where none is taken."""
+        return closing()
 
     @property
     def broken(self) -> bool:
@@ -223,16 +227,16 @@ class Service:
     ) -> Sequence[Ready | BitfitError]:
         if not items:
             return []
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._threads["texts"], self.engine.prepare, items)
+        waiting = list(items)
+        future = self._threads["texts"].submit(self.engine.prepare, waiting)
         try:
             async with asyncio.timeout_at(deadline):
-                return await asyncio.shield(future)
+                return await asyncio.wrap_future(future)
         except TimeoutError:
-            future.add_done_callback(_release_all)
+            _give_up(future, waiting)
             raise DeadlineExceeded("its texts were not read by its deadline") from None
         except asyncio.CancelledError:
-            future.add_done_callback(_release_all)
+            _give_up(future, waiting)
             raise
 
     async def _compute(self, ready: Sequence[Ready]) -> Sequence[Answer]:
@@ -294,7 +298,7 @@ class Service:
                 self.uploads.forget(digest)
             raise
         try:
-            self._record(name, digest, info.version, by)
+            self._record(name, digest, info, by)
         except BitfitError:  # neither here nor there
             self.shelf.remove(name) if is_new else self.shelf.rollback(name)
             raise
@@ -329,8 +333,12 @@ class Service:
             )
         info = self.shelf.rollback(name)
         if self.uploads is not None:
-            digest, _ = self.uploads.keep(_bytes_of(self.shelf.file(name)))
-            self._record(name, digest, info.version, by)
+            try:
+                digest, _ = self.uploads.keep(_bytes_of(self.shelf.file(name)))
+                self._record(name, digest, info, by)
+            except BitfitError:  # neither here nor there
+                self.shelf.rollback(name)
+                raise
         return info
 
     async def remove(self, name: str, *, by: str | None = None) -> None:
@@ -356,7 +364,7 @@ class Service:
             if self.uploads is None:
                 self.shelf.remove(name)
             else:  # nobody may still want to read the files that go
-                self._record(name, None, info.version, by, lambda: self.shelf.remove(name))
+                self._record(name, None, info, by, lambda: self.shelf.remove(name))
             return info
 
     @contextmanager
@@ -379,13 +387,13 @@ class Service:
         return entry if by is not None and entry is not None and entry.by == by else None
 
     def _record(
-        self, name: str, digest: str | None, version: int, by: str | None,
+        self, name: str, digest: str | None, info: TaskInfo, by: str | None,
         then: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         assert self.uploads is not None
         over = self._in_folder.get(name)
         self._applied[name] = self.uploads.record(
-            name, digest, version=version, over=over, by=by, then=then
+            name, digest, version=info.version, over=over, pinned=info.pinned, by=by, then=then
         )
 
     def _changed(self, change: str, info: TaskInfo) -> None:
@@ -501,7 +509,7 @@ class Service:
         for earlier, digest in zip(range(len(digests) - 1, -1, -1), digests, strict=True):
             info = self.shelf.put(
                 name, self.uploads.read(digest), source=str(self.uploads.path(digest)),
-                version=entry.version - earlier,
+                pinned=entry.pinned, version=entry.version - earlier,
             )  # fmt: skip
             self._changed_by_others(info)
 
@@ -560,7 +568,15 @@ def _release(ready: Ready) -> None:
     ready.lease.release()
 
 
-def _release_all(future: asyncio.Future[list[Ready | BitfitError]]) -> None:
+def _give_up(future: Future[list[Ready | BitfitError]], waiting: list[Item]) -> None:
+    """Let go of texts that nobody waits for: before they are read, or of what was made of them."""
+    if future.cancel():
+        waiting.clear()  # the thread still has the list, until it comes to it
+    else:
+        future.add_done_callback(_release_all)
+
+
+def _release_all(future: Future[list[Ready | BitfitError]]) -> None:
     if not future.cancelled() and future.exception() is None:
         for found in future.result():
             if isinstance(found, Ready):

@@ -80,11 +80,12 @@ class ServeConfig:
                 f"max_items is {self.max_items}, but the queue (max_queue_items) holds "
                 f"{self.max_queue_items}: such a request could never be accepted"
             )
-        if max(self.max_body_bytes, self.max_upload_bytes) > self.max_held_bytes:
-            raise UsageError(
-                f"max_held_bytes is {self.max_held_bytes}: less than one request may have "
-                f"({max(self.max_body_bytes, self.max_upload_bytes)})"
-            )
+        for name in ("max_body_bytes", "max_upload_bytes"):
+            if getattr(self, name) > self.max_held_bytes:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}, but all requests together (max_held_bytes) "
+                    f"may have {self.max_held_bytes}: such a request could never be accepted"
+                )
 
     @property
     def is_loopback(self) -> bool:

@@ -247,7 +247,8 @@ class Shelf:
 
         Raises:
             UnknownTask: there is no such task.
-            UsageError: there is no version before, or its file is not there any more.
+            UsageError: there is no version before.
+            TaskFileError: its file is not there any more, or is another by now.
         """
         while True:
             with self._lock:

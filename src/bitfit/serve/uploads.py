@@ -46,10 +46,14 @@ class Entry:
     """
     by: str | None = None
     """Who asked for the change, where it may be asked for again: it is made once."""
+    pinned: bool = False
+    """Whether its row stays in memory."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry ready for JSON."""
         found = {"files": list(self.files), "version": self.version, "over": self.over}
+        if self.pinned:
+            found["pinned"] = True
         return found if self.by is None else found | {"by": self.by}
 
 
@@ -131,7 +135,7 @@ class Uploads:
 
     def record(
         self, name: str, digest: str | None, *, version: int, over: str | None,
-        by: str | None = None, then: Callable[[], None] = lambda: None,
+        by: str | None = None, pinned: bool = False, then: Callable[[], None] = lambda: None,
     ) -> Entry:  # fmt: skip
         """Write down that ``name`` has this file now, None: that it was removed.
 
@@ -141,6 +145,7 @@ class Uploads:
             version: its number.
             over: fingerprint of the file of that name in the tasks' folder.
             by: a name of the change, by which it is made once.
+            pinned: whether its row stays in memory.
             then: called when it is written, before files that no task has any more are removed.
 
         Raises:
@@ -152,7 +157,7 @@ class Uploads:
             before = entries.get(name)
             files = before.files if before is not None and before.over == over else ()
             files = () if digest is None else (*files, digest)[-KEPT:]
-            entries[name] = Entry(files, version, over, by)
+            entries[name] = Entry(files, version, over, by, pinned)
             atomic_write(self._list, found.to_bytes())
             then()
             self._drop_unused(entries, (() if before is None else before.files))
@@ -268,10 +273,15 @@ def _parse(data: bytes) -> Listed:
 
 def _parse_entry(name: str, value: object) -> Entry:
     match value:
-        case {"files": list(files), "version": int(version), "over": None | str() as over}:
+        case {
+            "files": list(files), "version": int(version), "over": None | str() as over, **more
+        }:  # fmt: skip
             if all(isinstance(digest, str) and is_sha256(digest) for digest in files):
-                by = value.get("by") if isinstance(value, dict) else None
-                return Entry(tuple(files), version, over, by if isinstance(by, str) else None)
+                by = more.get("by")
+                return Entry(
+                    tuple(files), version, over, by if isinstance(by, str) else None,
+                    more.get("pinned") is True,
+                )  # fmt: skip
     raise ValueError(f"the entry of {name!r:.80} is damaged")
 
 
