@@ -550,7 +550,7 @@ async def check_end(soak: Soak) -> dict[str, Any]:
     connection = Connection(soak.server.port)
     tasks: dict[str, Any] = {}
     stats: dict[str, Any] = {}
-    for _ in range(50):  # what was abandoned may still be computed
+    for _ in range(600):  # what was abandoned may still be computed
         for path, found in (("/v1/stats", stats), ("/v1/tasks?limit=1000", tasks)):
             reply = await soak.send(connection, request_bytes("GET", path), path)
             if reply is None:

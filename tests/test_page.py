@@ -15,6 +15,7 @@ ARGUMENTS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"
 ).split()
+SECONDS = 120  # far more than anything takes on a busy machine: what hangs fails
 INTENT, TOPICS, ENTITIES = "shop-0000-intent", "shop-0000-topics", "shop-0000-entities"
 SIMILARITY, ANSWERS = "shop-0000-similarity", "shop-0000-answers"
 FILE = {"name": "new one.bitfit.safetensors", "mimeType": "", "buffer": b'{"made": "up"}'}
@@ -122,7 +123,7 @@ def visit(browser, server):
     def go(where="", **options):
         size = options.pop("size", (1280, 900))
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **options)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(1000 * SECONDS)
         contexts.append(context)
         page = context.new_page()
         page.on("console", look)
@@ -144,7 +145,7 @@ def text_of(page, selector):
 
 def until(page, claim):
     """Wait for a claim in JavaScript; Playwright's own way needs what the page's policy forbids."""
-    end = time.monotonic() + 15
+    end = time.monotonic() + SECONDS
     while not page.evaluate(claim):
         assert time.monotonic() < end, claim
         page.wait_for_timeout(30)
@@ -410,25 +411,30 @@ def test_a_comparison_that_is_refused_or_badly_named_says_why(visit):
 # ---- rates
 
 
-def count_of(server, path):
-    return sum(1 for _, asked, _ in server.requests if asked == path)
-
-
-def test_rates_are_asked_for_while_the_page_is_seen(visit, server):
+def test_rates_are_asked_for_while_the_page_is_seen(visit):
     page = visit("#server")
     until(page, "document.querySelectorAll('.chart path').length === 3")
     until(page, "/M.*L/.test(document.querySelector('.chart path').getAttribute('d'))")
     assert re.search(r"[\d,]+ items/s · p50 [\d.]+ · p99 \d+ ms", text_of(page, "#live"))
     assert "minilm" in text_of(page, "#base")
     hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+    asked = []  # by the page: a request may be long on its way to the server
+
+    def note(request):
+        if request.url.endswith("/v1/stats"):
+            asked.append(request)
+
+    page.on("request", note)
     page.evaluate(hide % "true" + "document.dispatchEvent(new Event('visibilitychange'))")
     page.wait_for_timeout(200)
-    before = count_of(server, "/v1/stats")
+    before = len(asked)
     page.wait_for_timeout(2500)
-    assert count_of(server, "/v1/stats") == before
+    assert len(asked) == before
     page.evaluate(hide % "false" + "document.dispatchEvent(new Event('visibilitychange'))")
-    page.wait_for_timeout(500)
-    assert count_of(server, "/v1/stats") == before + 1
+    end = time.monotonic() + SECONDS
+    while len(asked) == before:
+        assert time.monotonic() < end
+        page.wait_for_timeout(30)
 
 
 def test_a_lost_server_is_shown_and_found_again(visit, server):
@@ -680,7 +686,7 @@ def test_every_text_has_the_contrast_of_wcag_aa(visit, scheme):
     seen = []
 
     def look():
-        page.wait_for_timeout(250)  # colours of buttons change within 120 ms
+        until(page, "document.getAnimations().length === 0")  # the colours of buttons are there
         found = page.evaluate(CONTRAST)
         assert len(found) > 20
         seen.extend(found)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from serving import DummyEngine, DummyShelf, task_file
+from serving import PATIENCE, DummyEngine, DummyShelf, task_file
 
 from bitfit.serve.auth import Keys
 from bitfit.serve.run import listen, serve
@@ -40,12 +40,12 @@ def running():
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(PATIENCE)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         loop.call_soon_threadsafe(serving.cancel)
-        thread.join(20)
+        thread.join(PATIENCE)
         loop.close()
         listener.close()
 

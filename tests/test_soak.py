@@ -27,15 +27,7 @@ def soak():
 def test_every_answer_is_of_the_row_that_its_task_had_while_tasks_come_and_go(
     soak, checkpoint, capsys
 ):
-    words = ["--base", checkpoint(), "--items", "2000", "--seconds", "300", "--tasks", "16",
-             "--files", "12", "--texts", "8", "--max-resident", "6", "--pause", "0.02",
-             "--max-growth-mb", "64", "--json"]  # fmt: skip
-    code = soak.main(words)
-    found = json.loads(capsys.readouterr().out)
-    assert found["violations"] == []
-    assert code == 0
-    assert found["items"] >= 2000
-    assert {
+    wanted = {
         "tasks added",
         "tasks replaced",
         "tasks removed",
@@ -43,7 +35,21 @@ def test_every_answer_is_of_the_row_that_its_task_had_while_tasks_come_and_go(
         "items answered",
         "items: unknown_task",
         "requests abandoned",
-    } <= found["counts"].keys()
+    }
+    # How many changes there are beside so many items is a matter of the machine, above all of its
+    # disk: where they were too few of a kind, more items.
+    for items in (4000, 40_000):
+        words = ["--base", checkpoint(), "--items", str(items), "--seconds", "1200",
+                 "--tasks", "16", "--files", "12", "--texts", "8", "--max-resident", "6",
+                 "--pause", "0.02", "--max-growth-mb", "64", "--json"]  # fmt: skip
+        code = soak.main(words)
+        found = json.loads(capsys.readouterr().out)
+        assert found["violations"] == []
+        assert code == 0
+        assert found["items"] >= items
+        if wanted <= found["counts"].keys():
+            break
+    assert wanted <= found["counts"].keys()
     assert found["sharpness"]["wrong_row_seen"] >= 0.98
 
 
