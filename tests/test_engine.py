@@ -1,6 +1,8 @@
 import functools
 import threading
 import time
+from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,7 +12,6 @@ from tiny import WORDS, make_task
 
 import bitfit
 from bitfit.base import load_base
-from bitfit.batches import make_features
 from bitfit.encoder import Encoder
 from bitfit.errors import BitfitError, UnknownTask, UsageError
 from bitfit.serve import engine as engine_module
@@ -208,21 +209,19 @@ def test_equal_texts_are_tokenized_once(engines):
     engines().answer(ready)
 
 
-def test_many_long_texts_are_tokenized_in_parts_and_answered_as_in_one(engines, monkeypatch):
-    engine, sizes = engines(), []
-    texts = ["good film " * n for n in (1, 90, 3, 120, 2, 5)]
-    items = [Item(name, text) for text in texts for name in ("mood", "topic", "words")]
-    items += [Item("qa", "what is slow", f"the red bike is slow {text}") for text in texts]
-    whole = ask(engine, items)
+@given(st.lists(st.tuples(st.integers(0, 30), st.none() | st.integers(0, 30)), max_size=20))
+def test_parts_are_all_items_in_their_order_and_no_larger_than_they_must(sizes):
+    items = [Item("mood", "a" * n, None if m is None else "b" * m) for n, m in sizes]
 
-    def make(tokenizer, task, examples, max_length):
-        sizes.append(len(examples))
-        return make_features(tokenizer, task, examples, max_length)
+    def chars(part):
+        return sum(len(item.text) + len(item.text_pair or "") for item in part)
 
-    monkeypatch.setattr(engine_module, "make_features", make)
-    monkeypatch.setattr(engine_module, "PART_CHARS", 1000)
-    assert ask(engine, items) == whole
-    assert sizes == [3, 1, 2] * 2 + [2, 1, 1, 2]  # a text longer than a part is alone in one
+    with patch.object(engine_module, "PART_CHARS", 40):
+        found = list(engine_module.parts(items))
+    assert [item for part in found for item in part] == items
+    assert all(len(part) == 1 or chars(part) <= 40 for part in found)
+    for part, after in pairwise(found):
+        assert chars([*part, after[0]]) > 40
 
 
 def test_leases_are_given_back_where_computing_fails(engines, monkeypatch):

@@ -348,6 +348,54 @@ def test_texts_that_nobody_waits_for_are_neither_read_nor_kept(ends_by):
     in_site(check)
 
 
+def test_texts_of_others_are_read_between_the_parts_of_a_long_request(monkeypatch):
+    monkeypatch.setattr("bitfit.serve.engine.PART_CHARS", 10)
+
+    async def check(site, client):
+        prepare, asked, gate = site.engine.prepare, [], threading.Event()
+
+        def slow(items):
+            asked.append([item.text for item in items])
+            assert gate.wait(PATIENCE)
+            return prepare(items)
+
+        site.engine.prepare = slow
+        long = ask(*(("mood", f"long text {n}") for n in range(3)))
+        first = asyncio.create_task(client.post("/v1/predict", json=long))
+        await until(lambda: asked)
+        second = asyncio.create_task(client.post("/v1/predict", json=ask(("mood", "short"))))
+        await until(lambda: site.service.queue.items == 4)
+        gate.set()
+        assert [(await answer).status_code for answer in (first, second)] == [200, 200]
+        answers = first.result().json()["answers"]
+        assert [a["result"]["label"] for a in answers] == [f"long text {n}" for n in range(3)]
+        assert asked[:2] == [["long text 0"], ["short"]]
+        assert asked[2:] == [["long text 1"], ["long text 2"]]
+
+    in_site(check)
+
+
+def test_what_was_read_of_a_request_is_given_back_where_the_rest_fails(monkeypatch):
+    monkeypatch.setattr("bitfit.serve.engine.PART_CHARS", 10)
+
+    async def check(site, client):
+        prepare = site.engine.prepare
+
+        def fail(items):
+            if items[0].text == "second text":
+                raise RuntimeError("no")
+            return prepare(items)
+
+        site.engine.prepare = fail
+        response = await client.post(
+            "/v1/predict", json=ask(("mood", "first text"), ("mood", "second text"))
+        )
+        assert response.status_code == 500
+        assert not site.service.shelf.leases
+
+    in_site(check)
+
+
 def test_a_broken_engine_is_500_in_the_same_shape_and_tells_nothing():
     async def check(site, client):
         site.engine.fail = True

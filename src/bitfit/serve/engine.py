@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from bitfit.serve.shelf import Lease, Shelf
 from bitfit.tasks import Example, Task
 
 PART_CHARS = 1 << 18
-"""Characters tokenized in one call: until it ends a tokenizer keeps all that it cuts off too."""
+"""Characters of a part: until a call ends, a tokenizer keeps all that it cuts off too."""
 
 
 @dataclass(frozen=True)
@@ -139,27 +139,21 @@ class Engine:
             if text not in distinct:
                 distinct[text] = len(distinct)
                 chosen.append(example)
-        features: list[list[Feature]] = [[] for _ in chosen]
-        cut: set[int] = set()
         try:
-            for begin, end in _parts(distinct):
-                with self._tokenizing:
-                    made = make_features(
-                        tokenizer, members[0][1].task, chosen[begin:end], max_length
-                    )
-                for feature in made.items:
-                    features[begin + feature.example].append(feature)
-                cut |= {begin + number for number in made.cut}
+            with self._tokenizing:
+                made = make_features(tokenizer, members[0][1].task, chosen, max_length)
         except UsageError as error:  # a length limit that leaves no room for a context
             for place, _, _ in members:
                 found[place] = error
             return
+        features: list[list[Feature]] = [[] for _ in chosen]
+        for feature in made.items:
+            features[feature.example].append(feature)
         for place, lease, example in members:
             item = items[place]
-            number = distinct[item.text, item.text_pair]
-            own = features[number]
+            own = features[distinct[item.text, item.text_pair]]
             found[place] = Ready(
-                lease.again(), item, example, own, sum(map(len, own)), number in cut
+                lease.again(), item, example, own, sum(map(len, own)), own[0].example in made.cut
             )
 
     def answer(self, ready: Sequence[Ready]) -> list[Answer]:
@@ -182,16 +176,17 @@ class Engine:
                 each.lease.release()
 
 
-def _parts(texts: Iterable[tuple[str, str | None]]) -> Iterator[tuple[int, int]]:
-    """Yield where parts of ``texts`` begin and end, each of at most ``PART_CHARS`` or one text."""
-    begin = end = chars = 0
-    for text, pair in texts:
-        size = len(text) + len(pair or "")
+def parts(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Yield ``items`` in parts for :meth:`Engine.prepare`: ``PART_CHARS`` at most, or one item."""
+    begin = chars = 0
+    for end, item in enumerate(items):
+        size = len(item.text) + len(item.text_pair or "")
         if end > begin and chars + size > PART_CHARS:
-            yield begin, end
+            yield items[begin:end]
             begin, chars = end, 0
-        end, chars = end + 1, chars + size
-    yield begin, end
+        chars += size
+    if items:
+        yield items[begin:]
 
 
 def _is_unknown(found: Lease | BitfitError) -> bool:

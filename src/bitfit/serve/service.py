@@ -13,7 +13,7 @@ import bitfit
 from bitfit.comparison import bias_change, compare
 from bitfit.errors import BitfitError, UnknownTask, UnreadableTaskFile
 from bitfit.freed import trim
-from bitfit.serve.engine import Answer, Engine, Item, Ready
+from bitfit.serve.engine import Answer, Engine, Item, Ready, parts
 from bitfit.serve.failures import RequestFailed, closing
 from bitfit.serve.logs import log
 from bitfit.serve.metrics import Metrics
@@ -225,8 +225,21 @@ class Service:
     async def _prepare(
         self, items: Sequence[Item], deadline: float
     ) -> Sequence[Ready | BitfitError]:
-        if not items:
-            return []
+        """Prepare items part by part, so that those of other requests come between them."""
+        found: list[Ready | BitfitError] = []
+        try:
+            for part in parts(items):
+                found += await self._prepare_part(part, deadline)
+        except BaseException:
+            for one in found:
+                if isinstance(one, Ready):
+                    _release(one)
+            raise
+        return found
+
+    async def _prepare_part(
+        self, items: Sequence[Item], deadline: float
+    ) -> Sequence[Ready | BitfitError]:
         waiting = list(items)
         future = self._threads["texts"].submit(self.engine.prepare, waiting)
         try:
