@@ -148,7 +148,7 @@ def _step_alone(moving: Moving, size: float, epsilon: float) -> None:
         tensors, grads, means, squares = (list(column) for column in zip(*moving, strict=True))
         adam(
             tensors, grads, means, squares, max_exp_avg_sqs=[],
-            state_steps=[torch.tensor(_FAR_STEP, device=t.device) for t in tensors],
+            state_steps=[torch.full((), _FAR_STEP, device=t.device) for t in tensors],
             fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=size, weight_decay=0.0,
             eps=epsilon, maximize=False,
         )  # fmt: skip
