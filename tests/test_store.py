@@ -67,6 +67,19 @@ def test_a_claim_is_alive_while_its_process_is(store):
     assert store.claims() == []
 
 
+def test_what_is_left_of_a_finished_group_is_removed_and_what_one_has_stays(store):
+    for group in ("done", "stopped", "running"):
+        store.claim(group, ["01"], 1)
+        store.write_epoch(group, "01", 1, {"dev": [0]})
+    store.let_go("stopped")
+    store.release("done")
+    store.write_epoch("done", "01", 2, {"dev": [0]})  # by one that was not told
+    store.remove_leftovers()
+    assert not store.scratch("done").exists()
+    assert store.read_epoch("stopped", "01", 1) == store.read_epoch("running", "01", 1)
+    assert store.read_epoch("running", "01", 1) == {"dev": [0]}
+
+
 def test_a_claim_of_a_killed_process_or_a_silent_host_is_not_alive(store):
     store.claim("group", ["01"], 1)
     path = store.directory / "work" / "group.json"

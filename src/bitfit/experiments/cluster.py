@@ -37,6 +37,8 @@ TRIES = 4
 AHEAD = 1
 # How long to wait for a result before asking again whether to stop.
 _GLANCE_SECONDS = 0.2
+# How long to wait for cancelled workers to end; they do at once, but on a machine that is lost.
+_CANCEL_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +204,11 @@ class RayExecutor:
 
     def close(self) -> None:
         """Cancel what is in flight: its workers are killed, and keep their last checkpoints."""
-        for ref in self._flight:
+        flight = list(self._flight)
+        for ref in flight:
             self.ray.cancel(ref, force=True)
+        if flight:  # one that still runs would write beside whoever goes on with its group
+            self.ray.wait(flight, num_returns=len(flight), timeout=_CANCEL_SECONDS)
         self._flight.clear()
 
 

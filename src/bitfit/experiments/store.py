@@ -244,6 +244,16 @@ class Store:
         self._manifest(group).unlink(missing_ok=True)
         shutil.rmtree(self.scratch(group), ignore_errors=True)
 
+    def remove_leftovers(self) -> None:
+        """Remove what is left of groups that nobody has. Hold the lock for this.
+
+        A worker whose driver was killed may write once more when another has finished its group.
+        """
+        work = self.directory / "work"
+        for path in work.iterdir() if work.is_dir() else ():
+            if path.is_dir() and not self._manifest(path.name).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
     def let_go(self, group: str) -> None:
         """Leave a group as it stands, to be gone on with by whoever comes."""
         if self.is_claimed_by(group, socket.gethostname(), os.getpid()):

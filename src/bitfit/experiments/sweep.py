@@ -170,6 +170,8 @@ class Sweep:
         with connected(self.settings.ray):
             for base in self.grid.base:
                 self._run_base(base, tell, should_stop)
+        with self.store.lock():
+            self.store.remove_leftovers()
         own = {row.name for row in self.grid.rows}
         records = [r for r in self.store.records() if r["row"] in own]
         self.summary.done = sum(r["state"] == "done" for r in records)
