@@ -79,8 +79,12 @@ def _connect(ray: Any, address: str, local: dict[str, Any]) -> None:
         with _own_signals():
             ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
+        hint = "" if address in ("local", "auto") else (
+            ". If it runs and asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN if the "
+            "token is not in ~/.ray/auth_token"
+        )  # fmt: skip
         raise BitfitError(
-            f"--ray {address}: no Ray cluster can be reached or started there: {error}"
+            f"--ray {address}: no Ray cluster can be reached or started there: {error}{hint}"
         ) from error
 
 
