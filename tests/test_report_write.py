@@ -86,6 +86,8 @@ def test_every_format_is_written_and_named(sample, report):
     assert {"figures/differences.png", "figures/differences.svg"} <= names
     assert {"figures/change-rte.png", "figures/convergence-rte.svg"} <= names
     assert all(path.stat().st_size for path in report.files)
+    text = (sample.directory / "report" / "report.md").read_text(encoding="utf-8")
+    assert "at most 24.0 thousandths" in text  # 0.024 is no 0.0
     assert report.left_out == ()
 
 

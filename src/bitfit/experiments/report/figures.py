@@ -17,7 +17,7 @@ from bitfit.experiments.report.curves import Crossing, Curve, crossings, learnin
 from bitfit.experiments.report.differences import Comparison, Draws, to_reference
 from bitfit.experiments.report.paper import task_title
 from bitfit.experiments.report.results import Line, Results, to_float
-from bitfit.experiments.report.table import Summary, points, rate_text
+from bitfit.experiments.report.table import Summary, rate_text
 from bitfit.plots import draw_bias_change, new_figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
@@ -314,11 +314,11 @@ def _heat_maps(results: Results) -> list[Drawing]:
     drawings = []
     for line, task, changes in heat_maps(results):
         title = f"{task_title(task)}, {results.label(line)}: change of each bias"
-        top = points(max(entry["mean_abs"] for entry in changes) / 100)
+        top = 1000 * max(entry["mean_abs"] for entry in changes)
         drawings.append(Drawing(
             _key(f"change-{task}", line.base, results), title,
             "Terms in rows, layers in columns, the largest total change on top: the mean absolute "
-            f"change of the values of a bias, mean over the seeds; at most {top}.",
+            f"change of the values of a bias, mean over the seeds; at most {top:.1f} thousandths.",
             "change", draw_bias_change(changes, title=title),
         ))  # fmt: skip
     return drawings
