@@ -7,6 +7,7 @@ import gc
 import json
 import platform
 import re
+import socket
 import threading
 import tracemalloc
 import weakref
@@ -33,6 +34,7 @@ from bitfit.serve.assets import read_assets
 from bitfit.serve.auth import Keys, check_bind
 from bitfit.serve.engine import Item
 from bitfit.serve.metrics import OTHER, Metrics
+from bitfit.serve.run import listen
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.uploads import Uploads
 
@@ -1076,3 +1078,24 @@ def test_the_examples_of_the_description_are_answered():
             assert response.status_code == 200
 
     in_site(check, tasks=("intent", "sentiment"))
+
+
+def test_a_small_answer_waits_for_no_confirmation_of_its_head():
+    """Nagle's algorithm is off on accepted connections: it cost a lone client 40 ms a request."""
+
+    async def check():
+        accepted = asyncio.get_running_loop().create_future()
+
+        def take(reader, writer):
+            connection = writer.get_extra_info("socket")
+            accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with listen(ServeConfig(host="127.0.0.1", port=0)) as listener:
+            async with await asyncio.start_server(take, sock=listener) as server:
+                address = server.sockets[0].getsockname()
+                _, writer = await asyncio.open_connection(*address)
+                assert await accepted
+                writer.close()
+
+    asyncio.run(check())
