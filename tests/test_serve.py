@@ -316,17 +316,23 @@ def test_a_client_that_goes_away_is_not_computed_for():
     in_site(check)
 
 
+def read_slowly(site):
+    """Let the thread that reads texts wait for a gate; what it was asked, call by call."""
+    prepare, asked, gate = site.engine.prepare, [], threading.Event()
+
+    def slow(items):
+        asked.append([item.text for item in items])
+        assert gate.wait(PATIENCE)
+        return prepare(items)
+
+    site.engine.prepare = slow
+    return asked, gate
+
+
 @pytest.mark.parametrize("ends_by", ["deadline", "client"])
 def test_texts_that_nobody_waits_for_are_neither_read_nor_kept(ends_by):
     async def check(site, client):
-        prepare, asked, gate = site.engine.prepare, [], threading.Event()
-
-        def slow(items):
-            asked.append([item.text for item in items])
-            assert gate.wait(PATIENCE)
-            return prepare(items)
-
-        site.engine.prepare = slow
+        asked, gate = read_slowly(site)
         first = asyncio.create_task(client.post("/v1/predict", json=ask(("mood", "first"))))
         await until(lambda: asked)
         item = Item("mood", "given up")
@@ -354,14 +360,7 @@ def test_texts_of_others_are_read_between_the_parts_of_a_long_request(monkeypatc
     monkeypatch.setattr("bitfit.serve.engine.PART_CHARS", 10)
 
     async def check(site, client):
-        prepare, asked, gate = site.engine.prepare, [], threading.Event()
-
-        def slow(items):
-            asked.append([item.text for item in items])
-            assert gate.wait(PATIENCE)
-            return prepare(items)
-
-        site.engine.prepare = slow
+        asked, gate = read_slowly(site)
         long = ask(*(("mood", f"long text {n}") for n in range(3)))
         first = asyncio.create_task(client.post("/v1/predict", json=long))
         await until(lambda: asked)
