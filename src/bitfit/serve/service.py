@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -205,7 +205,7 @@ class Service:
 
         Another server of the folder may have removed or replaced a task whose row was dropped here.
         """
-        found = list(await self._prepare(items, deadline))
+        found = await self._prepare(items, deadline)
         gone = [i for i, one in enumerate(found) if isinstance(one, UnreadableTaskFile)]
         if not gone or self.uploads is None or not self.uploads.has_changed():
             return found
@@ -214,26 +214,20 @@ class Service:
                 await self.look()
             again = await self._prepare([items[i] for i in gone], deadline)
         except BaseException:
-            for one in found:
-                if isinstance(one, Ready):
-                    _release(one)
+            _release_all(found)
             raise
         for i, one in zip(gone, again, strict=True):
             found[i] = one
         return found
 
-    async def _prepare(
-        self, items: Sequence[Item], deadline: float
-    ) -> Sequence[Ready | BitfitError]:
+    async def _prepare(self, items: Sequence[Item], deadline: float) -> list[Ready | BitfitError]:
         """Prepare items part by part, so that those of other requests come between them."""
         found: list[Ready | BitfitError] = []
         try:
             for part in parts(items):
                 found += await self._prepare_part(part, deadline)
         except BaseException:
-            for one in found:
-                if isinstance(one, Ready):
-                    _release(one)
+            _release_all(found)
             raise
         return found
 
@@ -586,14 +580,18 @@ def _give_up(future: Future[list[Ready | BitfitError]], waiting: list[Item]) -> 
     if future.cancel():
         waiting.clear()  # the thread still has the list, until it comes to it
     else:
-        future.add_done_callback(_release_all)
+        future.add_done_callback(_release_made)
 
 
-def _release_all(future: Future[list[Ready | BitfitError]]) -> None:
+def _release_made(future: Future[list[Ready | BitfitError]]) -> None:
     if not future.cancelled() and future.exception() is None:
-        for found in future.result():
-            if isinstance(found, Ready):
-                _release(found)
+        _release_all(future.result())
+
+
+def _release_all(found: Iterable[Ready | BitfitError]) -> None:
+    for one in found:
+        if isinstance(one, Ready):
+            _release(one)
 
 
 def _refused(refused: Refused) -> RequestFailed:
