@@ -42,6 +42,7 @@ from bitfit.bench.work import Table, Work, choose_sources, read_source
 from bitfit.dropout import DropoutBits
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.inference import TaskHead, compute_logits
+from bitfit.joint_dropout import JointDropout
 from bitfit.tasks import Task, TextExample
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import RowMethod, make_method
@@ -294,14 +295,25 @@ def lanes_against_alone(bench: Bench, encoder: Encoder) -> float:
     return float(np.abs(np.asarray(together) - np.asarray(alone)).max())
 
 
+def joint_factor(
+    bench: Bench, step: int, rate: float, dtype: torch.dtype, count: int
+) -> torch.Tensor:
+    """Return ``count`` factors that two runs draw in a step for one site, ``(count,)``."""
+    runs = [random_features("mrpc", 32, bench.scale.vocabulary, seed) for seed in (0, 1)]
+    tokens = sum(len(feature) for features in runs for feature in features)
+    parts = [(DropoutBits(3 + i, step, bench.device), pack(run)) for i, run in enumerate(runs)]
+    width = -(-count // tokens)
+    x = torch.ones(1, tokens, width, device=bench.device, dtype=dtype)
+    return JointDropout(parts, bench.device).drop(x, rate).flatten()[:count]
+
+
 def check_dropout(bench: Bench, size: str) -> Iterator[Row]:
     """Masks have their rate, no pattern, and come again from the same seed and step."""
     rate, count = 0.1, bench.scale.draws
     exact = round(rate * 65536) / 65536
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        x = torch.ones(count, device=bench.device, dtype=dtype)
-        factor = DropoutBits(3, 7, bench.device).scale(x, rate)
+        factor = joint_factor(bench, 7, rate, dtype, count)
         dropped = (factor == 0).double()
         kept = torch.full((), 1 / (1 - exact), device=bench.device, dtype=dtype)
         whole = bool(((factor == 0) | (factor == kept)).all())
@@ -319,8 +331,7 @@ def check_dropout(bench: Bench, size: str) -> Iterator[Row]:
             part="dropout", what=f"{name}: correlation of neighbours, sigmas", value=worst,
             target=f"<= {SIGMAS:g}", met=worst <= SIGMAS, is_check=True,
         )  # fmt: skip
-        again = DropoutBits(3, 7, bench.device).scale(x, rate)
-        other = DropoutBits(3, 8, bench.device).scale(x, rate)
+        again, other = (joint_factor(bench, step, rate, dtype, count) for step in (7, 8))
         good = torch.equal(factor, again) and not torch.equal(factor, other)
         yield Row(
             part="dropout", what=f"{name}: same (seed, step) same mask, another step another",

@@ -26,7 +26,7 @@ from bitfit import attention
 from bitfit.batches import Batch
 from bitfit.bench.ours import side_by_side
 from bitfit.bench.work import Table, choose_sources, make_table, read_source
-from bitfit.dropout import DropoutBits
+from bitfit.dropout import Draw, DropoutBits
 from bitfit.encoder import open_encoder
 from bitfit.training import train
 
@@ -45,7 +45,7 @@ WARM_UP = 2
 
 
 def attention_by_autograd(
-    q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float, bits: DropoutBits, rate: float
+    q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float, draw: Draw
 ) -> Tensor:
     """What ``_DroppedAttention`` took the place of: the same with autograd's own backward."""
     heads = q.shape[1]
@@ -53,7 +53,7 @@ def attention_by_autograd(
     scores = torch.matmul(q * scaling, k.transpose(2, 3))
     scores = scores.masked_fill(~batch.mask[:, None, None, :], torch.finfo(q.dtype).min)
     weights = torch.softmax(scores, dim=-1)
-    context = torch.matmul(weights * bits.scale(weights, rate), v)
+    context = torch.matmul(weights * draw(weights), v)
     return attention._end_to_end(context.flatten(0, 2), batch, heads)
 
 
@@ -79,6 +79,9 @@ ALTERNATIVES: dict[str, Callable[[], Any]] = {
         attention._DroppedAttention, "apply", attention_by_autograd
     ),
     "dropout masks without bools": lambda: patch.object(DropoutBits, "scale", masks_without_bools),
+    "attention and dropout of all lanes at once, as on a GPU": lambda: patch.object(
+        train, "draws_jointly", lambda device: True
+    ),
     "passes of up to 1,024 tokens": passes_of(1024),
     "passes of up to 2,048 tokens": passes_of(2048),
     "passes of up to 8,192 tokens": passes_of(8192),

@@ -11,6 +11,7 @@ from bitfit.batches import make_features
 from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.errors import BitfitError, TrainingDiverged, UsageError
 from bitfit.inference import TaskHead, compute_logits
+from bitfit.leaves import RowIndex
 from bitfit.tasks import Task, TextExample, TokenExample
 from bitfit.training.lane import Lane, Split
 from bitfit.training.lane_count import (
@@ -34,6 +35,15 @@ VARIETY = [
 ]
 
 
+@pytest.fixture(params=["run by run", "jointly"])
+def form(request, monkeypatch):
+    """How dropout is drawn and attention goes: as on a CPU, and as on a GPU."""
+    if request.param == "jointly":
+        monkeypatch.setattr("bitfit.training.train.draws_jointly", lambda device: True)
+        monkeypatch.setattr(RowIndex, "sum_by_row", RowIndex._sum_segments)
+    return request.param
+
+
 def train(encoder, lanes, slots, **options):
     trainer = Trainer(
         encoder=encoder, method=make_method(encoder, lanes, slots), lanes=lanes, **options
@@ -50,7 +60,7 @@ def logits_of(encoder, trainer, lane):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "electra"])
-def test_a_lane_ends_as_the_run_alone_with_dropout_on(family, open_tiny):
+def test_a_lane_ends_as_the_run_alone_with_dropout_on(family, open_tiny, form):
     """Promise 4: rate, seed, data, terms, schedule, clipping, pooling and batch size differ.
 
     Fifty steps for BERT; the others differ in what their layers look like, and take six.
@@ -75,7 +85,7 @@ def test_a_lane_ends_as_the_run_alone_with_dropout_on(family, open_tiny):
 
 
 @pytest.mark.parametrize("slots", [2, 3])
-def test_ended_lanes_make_room_for_the_next_and_nothing_of_them_stays(slots, open_tiny):
+def test_ended_lanes_make_room_for_the_next_and_nothing_of_them_stays(slots, open_tiny, form):
     encoder = open_tiny()
 
     def queue():
@@ -98,7 +108,7 @@ def test_ended_lanes_make_room_for_the_next_and_nothing_of_them_stays(slots, ope
         ]
 
 
-def test_lanes_of_different_tasks_and_heads_train_together(open_tiny):
+def test_lanes_of_different_tasks_and_heads_train_together(open_tiny, form):
     encoder = open_tiny()
     words = "the film was very bad".split()
     tags = Task(name="tags", kind="tokens", labels=("x", "y", "z"))
@@ -128,7 +138,7 @@ def test_lanes_of_different_tasks_and_heads_train_together(open_tiny):
         assert not found[n + size :].any()
 
 
-def test_a_diverged_lane_is_dropped_and_its_neighbours_never_see_it(open_tiny):
+def test_a_diverged_lane_is_dropped_and_its_neighbours_never_see_it(open_tiny, form):
     encoder = open_tiny()
     options = LONG | {"epochs": 4}
     lanes = [make_lane(encoder, label=f"run {i}", seed=i, **options) for i in range(3)]
@@ -261,7 +271,7 @@ def test_memory_bounds_the_number_of_lanes(open_tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "albert", "electra", "mpnet"])
-def test_low_memory_gives_the_same_numbers_and_keeps_less(family, open_tiny):
+def test_low_memory_gives_the_same_numbers_and_keeps_less(family, open_tiny, form):
     """Layers are computed again with the rows and the dropout masks they had."""
     found, kept = [], []
     for low_memory in (False, True):

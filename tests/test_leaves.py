@@ -24,14 +24,9 @@ def make_batch(lengths):
     return pack([Feature(np.arange(n), np.zeros(n, np.int64), i) for i, n in enumerate(lengths)])
 
 
-class _SameBits:
+def same_bits(seed, rate):
     """Dropout bits that are drawn once, so that a function of them can be differentiated."""
-
-    def __init__(self, seed):
-        self.seed = seed
-
-    def scale(self, x, rate):
-        return DropoutBits(self.seed, 1, x.device).scale(x, rate)
+    return lambda x: DropoutBits(seed, 1, x.device).scale(x, rate)
 
 
 def test_the_gradient_of_a_linear_by_row_is_exact():
@@ -59,7 +54,7 @@ def test_the_gradient_of_dropped_attention_is_exact():
     batch = make_batch([3, 1, 2])
 
     def attend(q, k, v):
-        return _DroppedAttention.apply(q, k, v, batch, 0.7, _SameBits(3), 0.4)
+        return _DroppedAttention.apply(q, k, v, batch, 0.7, same_bits(3, 0.4))
 
     assert gradcheck(attend, tuple(exact(6, 2, 3, seed=s) for s in range(3)), atol=1e-8)
 
@@ -67,7 +62,7 @@ def test_the_gradient_of_dropped_attention_is_exact():
 def test_dropped_attention_without_drops_is_the_fused_one():
     batch = make_batch([5, 2, 9, 1])
     q, k, v = (exact(17, 2, 4, seed=s).detach() for s in range(3))
-    found = _DroppedAttention.apply(q, k, v, batch, 0.5, _SameBits(0), 0.0)
+    found = _DroppedAttention.apply(q, k, v, batch, 0.5, same_bits(0, 0.0))
     torch.testing.assert_close(found, _attend(q, k, v, batch, 0.5))
 
 
@@ -76,7 +71,7 @@ def test_a_nan_in_one_sequence_stays_there():
     q, k, v = (exact(8, 2, 4, seed=s).detach() for s in range(3))
     q[:3] = k[:3] = v[:3] = torch.nan
     q, k, v = (x.requires_grad_(True) for x in (q, k, v))
-    out = _DroppedAttention.apply(q, k, v, batch, 0.5, _SameBits(0), 0.1)
+    out = _DroppedAttention.apply(q, k, v, batch, 0.5, same_bits(0, 0.1))
     out.sum().backward()
     assert out[:3].isnan().all()
     assert not out[3:].isnan().any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from bitfit.batches import Batch
-from bitfit.dropout import DropoutBits
+from bitfit.dropout import Draw
 from bitfit.leaves import ForwardState
 
 PACKED = "bitfit_packed"
@@ -32,24 +33,27 @@ def packed_attention(
     """Return the attention of each sequence over itself, ``(1, T, heads, head_dim)``.
 
     Projections, norms and the MLP see packed tokens; only here are sequences laid side by side,
-    padded to the longest of the batch. In training each run's sequences are by themselves: they
-    have the shape, and so the dropout, that they have when the run is alone.
+    padded to the longest. With dropout each run's sequences are by themselves on a CPU, in the
+    shape that they have when the run is alone, and all together on a GPU.
     """
     if others.get("sliding_window") is not None:
         raise ValueError("packed attention sees whole sequences; this model attends in windows")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # (1, heads, T, head_dim) -> (T, heads, head_dim), as the projections made them.
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    parts = [] if bitfit_state.dropout is None else bitfit_state.dropout.parts
-    rates = [dropout if b.attention_rate is None else b.attention_rate for b, _ in parts]
-    if not any(rates):
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    drops = bitfit_state.dropout
+    parts = [] if drops is None else drops.attention(bitfit_batch, dropout)
+    if not parts:
         return _attend(q, k, v, bitfit_batch, scaling)[None], None
-    counts = [len(batch.input_ids) for _, batch in parts]
-    # A split and not slices: the backward of each slice writes zeros for all other runs.
-    own = zip(*(x.split(counts) for x in (q, k, v)), strict=True)
+    if len(parts) == 1:
+        own: Iterable[Sequence[Tensor]] = [(q, k, v)]
+    else:
+        counts = [len(batch.input_ids) for batch, _ in parts]
+        # A split and not slices: the backward of each slice writes zeros for all other runs.
+        own = zip(*(x.split(counts) for x in (q, k, v)), strict=True)
     contexts = [
-        _DroppedAttention.apply(*qkv, batch, scaling, bits, rate)  # type: ignore[no-untyped-call]
-        for qkv, (bits, batch), rate in zip(own, parts, rates, strict=True)
+        _DroppedAttention.apply(*qkv, batch, scaling, draw)  # type: ignore[no-untyped-call]
+        for qkv, (batch, draw) in zip(own, parts, strict=True)
     ]
     context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     return context[None], None
@@ -74,14 +78,13 @@ class _DroppedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float,
-        bits: DropoutBits, rate: float,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float, draw: Draw
+    ) -> Tensor:
         heads = q.shape[1]
         q, k, v = (_side_by_side(x, batch).flatten(0, 1) for x in (q, k, v))  # (B * H, L, hd)
         scores = torch.baddbmm(batch.score_mask(heads, q.dtype), q, k.mT, alpha=scaling)
         weights = torch.softmax(scores, dim=-1)
-        factor = bits.scale(weights, rate)
+        factor = draw(weights)
         context = torch.bmm(weights * factor, v)
         ctx.save_for_backward(q, k, v, weights, factor)
         ctx.batch, ctx.heads, ctx.scaling = batch, heads, scaling
@@ -102,7 +105,7 @@ class _DroppedAttention(torch.autograd.Function):
         grad_k = torch.baddbmm(grad, grad_scores.mT, q, beta=0, alpha=ctx.scaling)
         packed = (_end_to_end(x.flatten(0, 1), ctx.batch, ctx.heads)
                   for x in (grad_q, grad_k, grad_v))  # fmt: skip
-        return (*packed, None, None, None, None)
+        return (*packed, None, None, None)
 
 
 def _side_by_side(x: Tensor, batch: Batch) -> Tensor:

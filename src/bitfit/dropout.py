@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bitfit.batches import Batch
+
+Draw: TypeAlias = Callable[[Tensor], Tensor]
+"""Gives a factor per element of a tensor: 0 where it is dropped, else 1 / (1 - rate)."""
 
 
 class DropoutBits:
@@ -39,17 +44,21 @@ class DropoutBits:
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
         # The whole range: without bounds the sign bit is always 0 and every fourth draw biased.
         words.random_(-(2**63), None, generator=self.generator)
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-        dropped = round(rate * 65536)
-        keep = bits >= dropped - 32768
-        return keep.to(x.dtype).mul_(65536 / (65536 - dropped))
+        return factors(words.view(torch.int16)[: x.numel()].view(x.shape), rate, x.dtype)
+
+
+def factors(bits: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
+    """Return a factor per element from its 16 random ``bits``."""
+    dropped = round(rate * 65536)
+    return (bits >= dropped - 32768).to(dtype).mul_(65536 / (65536 - dropped))
 
 
 class StepDropout:
-    """The masks of one forward pass over the batches of several runs, end to end.
+    """The masks of one forward pass over the batches of several runs, end to end, run by run.
 
     Each run draws for its own tokens, in the shape they have when it trains alone, so that its
-    masks do not depend on which other runs are beside it.
+    masks do not depend on which other runs are beside it. Drawing where and when the bits are used
+    keeps them in a CPU's caches.
 
     Args:
         parts: each run's bits with its batch, in the order of the tokens.
@@ -72,6 +81,23 @@ class StepDropout:
         for (bits, _), place in zip(self.parts, places, strict=True):
             bits.generator.set_state(place)
 
+    def attention(self, batch: Batch, rate: float) -> list[tuple[Batch, Draw]]:
+        """Return in which parts attention goes over a batch, and how each draws.
+
+        Empty where nothing is dropped.
+
+        Args:
+            batch: the sequences of all runs.
+            rate: the base's; a run may have its own.
+        """
+        rates = attention_rates([bits for bits, _ in self.parts], rate)
+        if not any(rates):
+            return []
+        return [
+            (own, partial(bits.scale, rate=its))
+            for (bits, own), its in zip(self.parts, rates, strict=True)
+        ]
+
     def drop(self, x: Tensor, rate: float) -> Tensor:
         """Return ``x`` ``(1, T, d)``, or of any shape where there is one run, partly dropped."""
         if len(self.parts) == 1:
@@ -82,3 +108,19 @@ class StepDropout:
             factor[:, own] = bits.scale(x[:, own], rate)
             begin = own.stop
         return x * factor
+
+    def head(self, runs: Sequence[int], rate: float) -> Draw:
+        """Return how the heads of some runs draw for their vectors ``(runs, N, d)``, in turn."""
+
+        def draw(x: Tensor) -> Tensor:
+            if x.ndim == 2:
+                return self.parts[runs[0]][0].scale(x, rate)
+            drawn = [self.parts[run][0].scale(own, rate) for run, own in zip(runs, x, strict=True)]
+            return torch.stack(drawn)
+
+        return draw
+
+
+def attention_rates(bits: Sequence[DropoutBits], rate: float) -> list[float]:
+    """Return each run's rate on attention probabilities; ``rate`` is the base's."""
+    return [rate if b.attention_rate is None else b.attention_rate for b in bits]

@@ -9,6 +9,8 @@ definition of the forward pass serves training (one row), lanes and mixed batche
 from __future__ import annotations
 
 import inspect
+import itertools
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,13 +33,13 @@ from bitfit.base import (
     position_offset,
     quiet_transformers,
 )
-from bitfit.batches import Batch, Feature, pack
-from bitfit.dropout import StepDropout
+from bitfit.batches import Batch, Feature, pack, upload
 from bitfit.errors import UsageError
 from bitfit.leaves import (
     BankedLayerNorm,
     BankedLinear,
     ForwardState,
+    Masks,
     RowIndex,
     swap_leaves,
     swapped,
@@ -133,7 +135,7 @@ class Encoder:
         batch: Batch,
         shifts: Mapping[str, Tensor],
         index: Tensor | None = None,
-        dropout: StepDropout | None = None,
+        dropout: Masks | None = None,
         *,
         holds_base: bool = False,
         shared: Shared | None = None,
@@ -143,7 +145,8 @@ class Encoder:
         Args:
             batch: the sequences, on the encoder's device.
             shifts: rows of the bank by module path, each ``(K, length)``: ``Layout.split(rows)``.
-            index: ``(B,)``, the row of each sequence; None when all use row 0.
+            index: ``(B,)``, the row of each sequence; None when all use row 0. In training it is
+                best on the CPU: nothing has to wait for a GPU then.
             dropout: the step's masks, for all sequences of the batch in their order; None
                 evaluates. Several runs in one batch need an encoder that is packed.
             holds_base: ``shifts`` has the base's biases in it, as :meth:`biases` gives it.
@@ -218,6 +221,8 @@ class Encoder:
         with self._lock:
             self.state.shifts, self.state.holds_base = shifts, holds_base
             if index is not None:
+                if index.device != self.device:
+                    index = upload(index, self.device)
                 self.state.index = RowIndex(index, _row_count(shifts))
             try:
                 # transformers' poolers look at hidden[:, 0]; ALBERT's is a bare Linear.
@@ -231,8 +236,7 @@ class Encoder:
 
     def _run_packed(self, batch: Batch, index: Tensor | None) -> Tensor:
         if index is not None:
-            rows = _row_count(self.state.shifts)
-            self.state.index = RowIndex(index[batch.sequence_of_token], rows)
+            self.state.index = self._row_index(index, batch)
         inputs = {
             "input_ids": batch.input_ids[None],
             "token_type_ids": batch.token_type_ids[None],
@@ -246,10 +250,23 @@ class Encoder:
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
+    def _row_index(self, index: Tensor, batch: Batch) -> RowIndex:
+        """Return the row of each token, from that of each sequence."""
+        stretches = None
+        if index.device.type == "cpu" and torch.is_grad_enabled():
+            lengths = [len(feature) for feature in batch.features]
+            stretches = list(zip(index.tolist(), lengths, strict=True))
+            stretches = [
+                (row, sum(length for _, length in group))
+                for row, group in itertools.groupby(stretches, key=operator.itemgetter(0))
+            ]
+        if index.device != self.device:
+            index = upload(index, self.device)
+        rows = _row_count(self.state.shifts)
+        return RowIndex(index[batch.sequence_of_token], rows, stretches=stretches)
+
     def _run_shared(self, batch: Batch, index: Tensor | None, shared: Shared) -> Tensor:
-        rows = None
-        if index is not None:
-            rows = RowIndex(index[batch.sequence_of_token], _row_count(self.state.shifts))
+        rows = None if index is None else self._row_index(index, batch)
         with self.layers.repeating(shared, batch, self.state, rows):
             hidden = self._run_packed(shared.distinct, None)
         whole = shared.depth == len(self.layers.modules)
@@ -277,7 +294,7 @@ class Encoder:
         batch: Batch,
         shifts: Mapping[str, Tensor],
         index: Tensor,
-        dropout: StepDropout | None,
+        dropout: Masks | None,
         holds_base: bool,
     ) -> Tensor:
         """A mixed batch, one row after the other, for families whose leaves see no batch axis."""

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitfit.base import ROBERTA_LIKE
-from bitfit.batches import Batch, Feature
-from bitfit.dropout import DropoutBits
+from bitfit.batches import Batch, Feature, upload
+from bitfit.dropout import Draw
 from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
 from bitfit.tasks import Example, Kind, SpanExample, Task
@@ -74,11 +74,11 @@ class Head:
         return torch.cat(parts)
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return views of ``flat`` ``(size,)`` by name."""
+        """Return views of ``flat`` ``(size,)`` by name; or of several, ``(U, size)``."""
         sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
-        parts = torch.split(flat, sizes)
+        parts = torch.split(flat, sizes, dim=-1)
         return {
-            name: part.view(shape)
+            name: part.unflatten(-1, shape)
             for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)
         }
 
@@ -114,7 +114,7 @@ def make_head(task: Task, encoder: Encoder, pooling: str = "auto") -> Head:
 
 
 def head_logits(
-    head: Head, weights: Mapping[str, Tensor], x: Tensor, dropout: DropoutBits | None
+    head: Head, weights: Mapping[str, Tensor], x: Tensor, dropout: Draw | None
 ) -> Tensor:
     """Return logits ``(N, outputs)`` of pooled or token vectors ``x`` ``(N, hidden)``.
 
@@ -123,7 +123,7 @@ def head_logits(
     """
 
     def drop(x: Tensor) -> Tensor:
-        return x if dropout is None else x * dropout.scale(x, head.dropout_rate)
+        return x if dropout is None else x * dropout(x)
 
     def linear(x: Tensor, name: str) -> Tensor:
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
@@ -166,23 +166,50 @@ def batch_loss(
         batch: where the labels are.
         class_weights: ``(labels,)``, the weight of each class in the mean (classification, tokens).
     """
-    labels = [f.label for f in batch.features]
-    if head.kind == "classification":
-        target = torch.tensor(labels, device=logits.device)
-        return F.cross_entropy(logits, target, class_weights)
-    if head.kind == "regression":
-        return F.mse_loss(logits[:, 0], torch.tensor(labels, device=logits.device).float())
-    if head.kind == "multilabel":
-        target = torch.zeros_like(logits)
-        for row, indices in enumerate(labels):
-            target[row, list(indices)] = 1.0
-        return F.binary_cross_entropy_with_logits(logits, target)
     if head.kind == "tokens":
         if not len(logits):  # every word was cut off: the mean of nothing would be NaN
             return logits.sum()
-        target = torch.from_numpy(word_labels(batch.features)).to(logits.device)
+        target = upload(torch.from_numpy(word_labels(batch.features)), logits.device)
         return F.cross_entropy(logits, target, class_weights)
-    return _span_loss(logits, batch, torch.tensor(labels, device=logits.device))
+    if head.kind == "span":
+        return _span_loss(logits, batch, _targets(head, batch.features, logits.device))
+    if head.kind == "classification":
+        target = _targets(head, batch.features, logits.device)
+        return F.cross_entropy(logits, target, class_weights)
+    return mean_losses(head, logits[None], batch.features)[0]
+
+
+def mean_losses(head: Head, logits: Tensor, features: Sequence[Feature]) -> Tensor:
+    """Return the mean losses ``(U,)`` of U runs of as many whole texts each.
+
+    Args:
+        head: the shape of their heads.
+        logits: ``(U, N, outputs)``.
+        features: where the labels are, run after run.
+    """
+    target = _targets(head, features, logits.device)
+    flat = logits.flatten(0, 1)
+    if head.kind == "classification":
+        each = F.cross_entropy(flat, target, reduction="none")
+    elif head.kind == "regression":
+        each = F.mse_loss(flat[:, 0], target, reduction="none")
+    else:
+        each = F.binary_cross_entropy_with_logits(flat, target, reduction="none")
+    return each.view(len(logits), -1).mean(1)
+
+
+def _targets(head: Head, features: Sequence[Feature], device: torch.device) -> Tensor:
+    """Return the labels of whole texts, or the first and last token of answers."""
+    labels = [f.label for f in features]
+    if head.kind == "multilabel":
+        target = torch.zeros(len(labels), head.num_outputs)
+        for row, indices in enumerate(labels):
+            target[row, list(indices)] = 1.0
+    elif head.kind == "regression":
+        target = torch.tensor(labels, dtype=torch.float32)
+    else:
+        target = torch.tensor(labels)
+    return upload(target, device)
 
 
 def loss_weight(

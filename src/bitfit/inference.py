@@ -17,6 +17,7 @@ from bitfit.heads import Head, head_logits, word_positions
 
 # Padded tokens in one forward pass: enough to fill two cores, small enough to stay in the cache.
 DEFAULT_MAX_TOKENS = 2048
+GPU_MAX_TOKENS = 16384  # unmeasured
 Logits = NDArray[np.float32]
 
 
@@ -37,7 +38,7 @@ def compute_logits(
     heads: Mapping[int, TaskHead],
     index: Sequence[int] | None = None,
     *,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | None = None,
 ) -> list[Logits]:
     """Return the logits of each feature, in the order given, fp32 on the CPU.
 
@@ -51,8 +52,10 @@ def compute_logits(
         layout: what the rows are made of.
         heads: by row, those that ``index`` names.
         index: the row of each feature; None: all use row 0.
-        max_tokens: padded tokens in one forward pass.
+        max_tokens: padded tokens in one forward pass; None: as many as suit the device.
     """
+    if max_tokens is None:
+        max_tokens = DEFAULT_MAX_TOKENS if encoder.device.type == "cpu" else GPU_MAX_TOKENS
     index = [0] * len(features) if index is None else index
     found: list[Logits] = [np.empty(0, np.float32)] * len(features)
     for chosen in length_sorted(features, max_tokens):
@@ -189,6 +192,8 @@ def head_inputs(
     hidden: Tensor,
     batch: Batch,
     shifts: Mapping[str, Tensor],
+    *,
+    holds_base: bool = False,
 ) -> tuple[Tensor, list[int] | None]:
     """Return what the head reads and, for heads over tokens, how many vectors each sequence has.
 
@@ -199,4 +204,4 @@ def head_inputs(
         return hidden.index_select(0, positions), counts
     if head.kind == "span":
         return hidden, [len(f) for f in batch.features]
-    return encoder.pool(hidden, batch, head.pooling, shifts), None
+    return encoder.pool(hidden, batch, head.pooling, shifts, holds_base=holds_base), None

@@ -10,13 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitfit.batches import upload
 from bitfit.dropout import StepDropout
+from bitfit.joint_dropout import JointDropout
+
+Masks: TypeAlias = StepDropout | JointDropout
 
 
 class RowIndex:
@@ -26,10 +30,20 @@ class RowIndex:
         index: ``(N,)``, a row of the bank for each element of a leaf's token axis.
         rows: K, how many rows there are.
         padded: whether the elements are the sequences of a padded batch ``(B, L, d)``.
+        stretches: ``(row, length)`` of each stretch of equal rows; None: they are looked for, which
+            waits for a GPU.
     """
 
-    def __init__(self, index: Tensor, rows: int, *, padded: bool = False) -> None:
+    def __init__(
+        self,
+        index: Tensor,
+        rows: int,
+        *,
+        padded: bool = False,
+        stretches: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         self.index, self.rows, self.padded = index, rows, padded
+        self._given = stretches
 
     def gather(self, rows: Tensor, like: Tensor) -> Tensor:
         """Return the row of each element, from ``rows`` ``(K, d)``, to be added to ``like``."""
@@ -37,17 +51,23 @@ class RowIndex:
         return chosen[:, None] if self.padded and like.ndim == 3 else chosen
 
     @cached_property
-    def _stretches(self) -> tuple[Tensor, Tensor]:
-        """The row of each stretch of equal rows, and how long it is."""
+    def _stretches(self) -> Sequence[tuple[int, int]]:
+        """``(row, length)`` of each stretch of equal rows."""
+        if self._given is not None:
+            return self._given
         rows, counts = torch.unique_consecutive(self.index, return_counts=True)
-        return rows, counts
+        return list(zip(rows.tolist(), counts.tolist(), strict=True))
 
     @cached_property
-    def _runs(self) -> list[tuple[int, int, int]]:
-        """``(row, begin, end)`` of each stretch."""
-        rows, counts = self._stretches
-        ends = counts.cumsum(0)
-        return list(zip(*(t.tolist() for t in (rows, ends - counts, ends)), strict=True))
+    def _in_order(self) -> bool:
+        """Whether every row has one stretch, and they come in the order of the rows."""
+        return [row for row, _ in self._stretches] == list(range(self.rows))
+
+    @cached_property
+    def _on_device(self) -> tuple[Tensor, Tensor]:
+        """The row of each stretch, and its length."""
+        rows, counts = upload(torch.tensor(self._stretches).t().contiguous(), self.index.device)
+        return rows, counts
 
     def sum_by_row(self, grad: Tensor) -> Tensor:
         """Return ``(K, d)`` in fp32: the sum of ``grad`` ``(N, d)`` over the elements of each row.
@@ -60,20 +80,24 @@ class RowIndex:
             return self._sum_segments(grad)
         dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
         total = grad.new_zeros(self.rows, grad.shape[-1], dtype=dtype)
-        seen = set()
-        for row, begin, end in self._runs:
+        seen, begin = set(), 0
+        for row, length in self._stretches:
+            own = grad[begin : begin + length]
             if row in seen:
-                total[row] += grad[begin:end].sum(0, dtype=dtype)
+                total[row] += own.sum(0, dtype=dtype)
             else:
-                torch.sum(grad[begin:end], 0, dtype=dtype, out=total[row])
+                torch.sum(own, 0, dtype=dtype, out=total[row])
                 seen.add(row)
+            begin += length
         return total
 
     def _sum_segments(self, grad: Tensor) -> Tensor:
         """The same in one call, however many stretches there are."""
-        rows, counts = self._stretches
+        rows, counts = self._on_device
         # unsafe: the lengths are ours, and checking them would wait for the GPU.
         sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, axis=0, unsafe=True)
+        if self._in_order:
+            return sums
         return sums.new_zeros(self.rows, grad.shape[-1]).index_add_(0, rows, sums)
 
 
@@ -85,7 +109,7 @@ class ForwardState:
     """By module path: ``(K, length)``, what each row adds to that module's bias."""
     index: RowIndex | None = None
     """The row of each element of a leaf's token axis; None: all use row 0."""
-    dropout: StepDropout | None = None
+    dropout: Masks | None = None
     """None: evaluation."""
     holds_base: bool = False
     """Whether the base's biases are in ``shifts`` already: one sum for all modules together."""
@@ -99,19 +123,20 @@ class ForwardState:
     def snapshot(self) -> Snapshot:
         """Return what a layer that is computed again must find."""
         places = None if self.dropout is None else self.dropout.places()
-        return Snapshot(self.shifts, self.index, self.dropout, places)
+        return Snapshot(self.shifts, self.holds_base, self.index, self.dropout, places)
 
     @contextmanager
     def returned_to(self, seen: Snapshot) -> Iterator[None]:
         """Return a context in which all is as it was at a snapshot, random bits included."""
-        now = self.shifts, self.index, self.dropout
-        self.shifts, self.index, self.dropout = seen.shifts, seen.index, seen.dropout
-        if seen.dropout is not None and seen.places is not None:
+        now = self.shifts, self.holds_base, self.index, self.dropout
+        self.shifts, self.holds_base = seen.shifts, seen.holds_base
+        self.index, self.dropout = seen.index, seen.dropout
+        if seen.dropout is not None:
             seen.dropout.move_to(seen.places)
         try:
             yield
         finally:
-            self.shifts, self.index, self.dropout = now
+            self.shifts, self.holds_base, self.index, self.dropout = now
 
 
 @dataclass(frozen=True)
@@ -119,10 +144,16 @@ class Snapshot:
     """A moment of a :class:`ForwardState`."""
 
     shifts: Mapping[str, Tensor]
+    holds_base: bool
     index: RowIndex | None
-    dropout: StepDropout | None
-    places: Sequence[Tensor] | None
-    """Where each run's random bits were."""
+    dropout: Masks | None
+    places: Any
+    """Where the random bits were, as the masks say it."""
+
+
+def _only(rows: Tensor) -> Tensor:
+    """Return row 0. A view of an only row has a gradient that nobody has to copy."""
+    return rows.view(-1) if len(rows) == 1 else rows[0]
 
 
 def _linear_by_row(x: Tensor, weight: Tensor, rows: Tensor, index: RowIndex) -> Tensor:
@@ -191,7 +222,7 @@ class BankedLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias.to(x.dtype))
         if index is None:
             # All rows agree: the bias folds into the matrix product.
-            return F.linear(x, self.weight, self.state.summed(self.bias, shift[0]).to(x.dtype))
+            return F.linear(x, self.weight, self.state.summed(self.bias, _only(shift)).to(x.dtype))
         rows = self.state.summed(self.bias, shift)
         if index.padded:
             return F.linear(x, self.weight) + index.gather(rows, x)
@@ -224,7 +255,7 @@ class BankedLayerNorm(nn.Module):
                 return _add_by_row(plain, rows, index)
             summed: Tensor = _AddByRow.apply(plain, rows, index)  # type: ignore[no-untyped-call]
             return summed
-        bias = self.bias if shift is None else self.state.summed(self.bias, shift[0])
+        bias = self.bias if shift is None else self.state.summed(self.bias, _only(shift))
         bias = None if bias is None else bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 

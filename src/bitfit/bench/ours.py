@@ -37,7 +37,7 @@ class _LaneOnGivenBatches(Lane):
     number = 0
 
     def next_batch(self) -> Batch:
-        return pack(self.work.step_batches(self.number)[self.place]).to(self.device)
+        return pack(self.work.step_batches(self.number)[self.place])
 
 
 def _make_lanes(work: Work, encoder: Encoder, method: str = "bitfit") -> list[_LaneOnGivenBatches]:

@@ -38,6 +38,7 @@ class Share:
     """What one process computes of a run's step."""
 
     batch: Batch
+    """On the CPU."""
     weight: float
     """What the mean loss of ``batch`` counts for in that of the whole step."""
 
@@ -106,7 +107,7 @@ class Lane:
         self.progress = Progress()
         self.best: list[Tensor] = []
         """The numbers of the best epoch so far; once the run has ended, those of the kept one."""
-        self.loss_sum = torch.zeros((), device=self.device)
+        self._unread_losses: list[Tensor] = []
         self.steps_per_epoch = math.ceil(len(train.features.items) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.class_weights = self._class_weights()
@@ -138,7 +139,10 @@ class Lane:
         return {**self.config.to_json(), "task": dataclasses.asdict(self.task)}
 
     def next_batch(self) -> Batch:
-        """Return the sequences of the next step: a slice of the order drawn from (seed, epoch)."""
+        """Return the sequences of the next step: a slice of the order drawn from (seed, epoch).
+
+        They are on the CPU: with those of other runs they go to the device in one piece.
+        """
         epoch, place = divmod(self.progress.step, self.steps_per_epoch)
         items = self.train.features.items
         if self._order[0] != epoch:
@@ -146,7 +150,7 @@ class Lane:
             self._order = epoch, order.tolist()
         size = self.config.batch_size
         chosen = self._order[1][place * size : (place + 1) * size]
-        return pack([items[i] for i in chosen]).to(self.device)
+        return pack([items[i] for i in chosen])
 
     def share(self, batch: Batch, processes: Processes) -> Share:
         """Return what this one of ``processes`` computes of a step's ``batch``.
@@ -160,7 +164,7 @@ class Lane:
         weight = self._weight(own) if own else 0.0
         if not weight:
             own = [next((f for f in batch.features if self._weight([f])), batch.features[0])]
-        part = pack(own).to(self.device)
+        part = pack(own)
         return Share(part, weight / self._weight(batch.features) if weight else 0.0)
 
     def _weight(self, features: Sequence[Feature]) -> float:
@@ -168,8 +172,10 @@ class Lane:
 
     def step_taken(self, loss: Tensor, batch: Batch, seconds: float) -> None:
         """Count a step, taken on ``batch`` with ``loss`` (0-d)."""
-        first_of_epoch = self.progress.step % self.steps_per_epoch == 0
-        self.loss_sum = loss if first_of_epoch else self.loss_sum + loss
+        if self.progress.step % self.steps_per_epoch == 0:
+            self.progress.loss_sum = 0.0
+            self._unread_losses.clear()
+        self._unread_losses.append(loss)
         self.progress.step += 1
         self.progress.seconds += seconds
         self.progress.sequences += len(batch.lengths)
@@ -193,10 +199,19 @@ class Lane:
             self.best = numbers
         return is_best
 
+    def read_losses(self) -> None:
+        """Count the losses of the steps since this was last done, which waits for a GPU."""
+        if self._unread_losses:
+            # One after the other, so that it does not matter when they are read.
+            for loss in torch.stack(self._unread_losses).tolist():
+                self.progress.loss_sum += loss
+            self._unread_losses.clear()
+
     @property
     def epoch_loss(self) -> float:
         """Mean loss of the epoch's steps."""
-        return float(self.loss_sum) / self.steps_per_epoch
+        self.read_losses()
+        return self.progress.loss_sum / self.steps_per_epoch
 
     @cached_property
     def _class_weight_values(self) -> NDArray[np.float32] | None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitfit.bank import Layout
+from bitfit.batches import upload
 from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
 from bitfit.heads import Head
@@ -47,6 +48,7 @@ class RowMethod:
     ) -> None:
         paths = {site.path for layout in layouts for site in layout.sites}
         self.layout = Layout(tuple(s for s in encoder.sites if s.path in paths))
+        self.base, self.dtype = encoder.biases(self.layout), encoder.dtype
         partial = any(layout.n < self.layout.n for layout in layouts)
         self.head_size = max(head.size for head in heads)
         self.std = init_std(encoder)
@@ -87,11 +89,15 @@ class RowMethod:
         """Put back what :meth:`read` gave."""
         self.flat[slot].copy_(numbers[0])
 
-    def views(self) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
-        """Return the rows by module path, ``(K, length)`` each, and each slot's head ``(h,)``."""
-        *parts, heads = torch.split(self.flat, [*self.layout.lengths, self.head_size], dim=1)
-        shifts = {s.path: part for s, part in zip(self.layout.sites, parts, strict=True)}
-        return shifts, heads.unbind(0)
+    def views(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return each run's biases by module path, ``(K, length)``, and its head, ``(K, h)``.
+
+        The base's are in the biases: one sum for all sites together. So is the cast of a single
+        run, whose biases are part of the products; those of several stay fp32, as their gradients.
+        """
+        rows, heads = torch.split(self.flat, [self.layout.n, self.head_size], dim=1)
+        biases = rows + self.base
+        return self.layout.split(biases.to(self.dtype) if self.slots == 1 else biases), heads
 
     def trained(self, slot: int, layout: Layout, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a run's row ``(n,)`` in its own layout and its head's tensors by name."""
@@ -111,7 +117,7 @@ class RowMethod:
     def clip(self, max_norms: Sequence[float]) -> None:
         """Scale each run's gradient, row and head together, to its greatest norm; 0: leave it."""
         if self.flat.grad is not None and any(max_norms):
-            limits = torch.tensor([m or torch.inf for m in max_norms], device=self.flat.device)
+            limits = upload(torch.tensor([m or torch.inf for m in max_norms]), self.flat.device)
             norms = torch.linalg.vector_norm(self.flat.grad, dim=1)
             self.flat.grad.mul_((limits / (norms + 1e-6)).clamp(max=1.0)[:, None])
 

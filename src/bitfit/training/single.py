@@ -53,9 +53,9 @@ class SingleRun:
         for value, number in zip(self.numbers(), numbers, strict=True):
             value.copy_(number)
 
-    def views(self) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
-        """Return no row (the model itself changes) and the head ``(h,)``."""
-        return {}, (self.flat,)
+    def views(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return no row (the model itself changes) and the head, ``(1, h)``."""
+        return {}, self.flat[None]
 
     def trained(self, slot: int, layout: Layout, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
         """Return an empty row and the head's tensors by name, without gradients."""

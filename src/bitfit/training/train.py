@@ -22,16 +22,18 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from bitfit.batches import pack
+from bitfit.batches import pack, upload
 from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.encoder import Encoder
 from bitfit.errors import BitfitError, TrainingDiverged
-from bitfit.heads import batch_loss, head_logits, logits_shape, read_predictions
-from bitfit.inference import Logits, TaskHead, compute_logits, head_inputs
+from bitfit.heads import logits_shape, read_predictions
+from bitfit.inference import Logits, TaskHead, compute_logits
+from bitfit.joint_dropout import JointDropout
 from bitfit.metrics import compute_metrics
 from bitfit.storage import atomic_write, pack_safetensors, unpack_safetensors
 from bitfit.tasks import Task, references
 from bitfit.training.lane import Lane, Progress, Share, Split
+from bitfit.training.losses import Pass
 from bitfit.training.methods import Method
 from bitfit.training.processes import ALONE, Processes
 from bitfit.training.settings import TrainConfig
@@ -160,7 +162,7 @@ def _step_rows(moving: Moving, sizes: Sequence[float], epsilons: Sequence[float]
     for tensor, grad, mean, square in moving:
         mean.mul_(beta1).add_(grad, alpha=1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        column = torch.tensor([[*sizes], [*epsilons]], device=tensor.device)[..., None]
+        column = upload(torch.tensor([[*sizes], [*epsilons]]), tensor.device)[..., None]
         tensor.sub_(mean.div(square.sqrt().add_(column[1])).mul_(column[0]))
 
 
@@ -190,6 +192,11 @@ def pass_tokens(device: torch.device) -> int:
     has the numbers); a GPU's number is unmeasured.
     """
     return 4096 if device.type == "cpu" else 65536
+
+
+def draws_jointly(device: torch.device) -> bool:
+    """Return whether runs side by side draw and attend together: where each call has its price."""
+    return device.type != "cpu"
 
 
 class Trainer:
@@ -345,28 +352,25 @@ class Trainer:
         shares: Sequence[Share],
         bits: Sequence[DropoutBits],
     ) -> list[Tensor]:
-        """One forward pass over the batches end to end, then each lane's own head and loss."""
-        shifts, heads = self.method.views()
+        """One forward pass over the batches end to end, then the heads and the losses."""
+        device = self.encoder.device
+        biases, heads = self.method.views()
         batches = [share.batch for share in shares]
-        batch, index = batches[0], None
+        whole, index = batches[0], None
         if len(self.slots) > 1:
-            batch = pack([f for own in batches for f in own.features]).to(self.encoder.device)
+            whole = pack([f for own in batches for f in own.features])
             slots = torch.tensor([slot for slot, _ in running])
             counts = torch.tensor([len(own.features) for own in batches])
-            index = slots.repeat_interleave(counts).to(self.encoder.device)
-        dropout = StepDropout(list(zip(bits, batches, strict=True)))
-        hidden = self.encoder.encode(batch, shifts, index, dropout)
-        losses = []
-        parts = hidden.split([len(own.input_ids) for own in batches])
-        for (slot, lane), share, draws, part in zip(running, shares, bits, parts, strict=True):
-            own = share.batch
-            pooler = {k: v[slot : slot + 1] for k, v in shifts.items() if k.startswith("pooler")}
-            vectors, _ = head_inputs(self.encoder, lane.head, part, own, pooler)
-            weights = lane.head.split(heads[slot][: lane.head.size])
-            logits = head_logits(lane.head, weights, vectors, draws)
-            loss = batch_loss(lane.head, logits, own, lane.class_weights)
-            losses.append(loss if share.weight == 1 else loss * share.weight)
-        return losses
+            index = slots.repeat_interleave(counts)
+        parts = list(zip(bits, batches, strict=True))
+        joint = self.encoder.packed and draws_jointly(device)
+        step = Pass(
+            encoder=self.encoder, batch=whole.to(device), index=index, biases=biases, heads=heads,
+            dropout=JointDropout(parts, device) if joint else StepDropout(parts),
+        )  # fmt: skip
+        return step.losses([
+            (slot, lane, share) for (slot, lane), share in zip(running, shares, strict=True)
+        ])  # fmt: skip
 
     def _drop_diverged(
         self, running: Sequence[tuple[int, Lane]], done: StepDone
@@ -395,7 +399,9 @@ class Trainer:
         self.optimizer.reset(slot, len(self.slots))
 
     def _end_epoch(self, slot: int, lane: Lane) -> EpochDone | LaneDropped:
-        train_loss = lane.epoch_loss
+        began = time.perf_counter()
+        train_loss = lane.epoch_loss  # waits until a GPU has done the steps that were asked for
+        lane.progress.seconds += time.perf_counter() - began
         if not math.isfinite(train_loss):
             return self._drop(slot, lane, train_loss)
         scores, logits = ({}, []) if lane.dev is None else self.evaluate(lane, lane.dev, slot)
@@ -444,7 +450,7 @@ class Trainer:
 
     def _write(self, checkpoint: Path) -> None:
         for lane in self.lanes:
-            lane.progress.loss_sum = float(lane.loss_sum)
+            lane.read_losses()
         note = {
             "identity": self.identity, "slots": self.slots, "next_lane": self.next_lane,
             "progress": [vars(lane.progress) for lane in self.lanes],
@@ -471,7 +477,6 @@ class Trainer:
         self.slots, self.next_lane = note["slots"], note["next_lane"]
         for number, (lane, progress) in enumerate(zip(self.lanes, note["progress"], strict=True)):
             lane.progress = Progress(**progress)
-            lane.loss_sum = torch.tensor(lane.progress.loss_sum, device=self.encoder.device)
             places = [name for name in tensors if name.startswith(f"best.{number}.")]
             lane.best = [
                 tensors[f"best.{number}.{i}"].to(self.encoder.device) for i in range(len(places))

@@ -1,0 +1,183 @@
+"""Dropout of many runs in few calls: what a device takes on which each call costs, as a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitfit.batches import Batch, upload
+from bitfit.dropout import Draw, DropoutBits, attention_rates, factors
+
+# How many sites (hidden states) and layers (attention) one call draws for. They are part of what a
+# seed means on a GPU: other numbers, other masks.
+SITES_AHEAD = 16
+LAYERS_AHEAD = 6
+_HIDDEN, _ATTENTION, _HEAD = range(3)
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where drawing stands: in which block of bits, and how much of it is used."""
+
+    block: int = -1
+    size: int = 0
+    used: int = 0
+
+
+class JointDropout:
+    """The masks of one forward pass over the batches of several runs, for all runs together.
+
+    Every run has a stretch in a block of random bits, which its own generator fills in one call for
+    several sites of the encoder ahead; a site then takes the bits of all runs at once. What a run's
+    stretch holds depends on its (seed, step) and its own sequences only, so its masks are those of
+    the run alone. A block can be drawn again: it is seeded by its number.
+
+    Args:
+        parts: each run's bits with its batch, in the order of the tokens.
+        device: where the bits are drawn.
+    """
+
+    def __init__(self, parts: Sequence[tuple[DropoutBits, Batch]], device: torch.device) -> None:
+        self.bits = [bits for bits, _ in parts]
+        self.device = device
+        self.lengths = [[len(f) for f in batch.features] for _, batch in parts]
+        self._hidden, self._attention = _Place(), _Place()
+        self._blocks: dict[int, tuple[int, Tensor]] = {}
+
+    @property
+    def seed(self) -> int:
+        """A seed for generators that are not ours; it is the first run's."""
+        return self.bits[0].seed
+
+    def places(self) -> tuple[_Place, _Place]:
+        """Return where drawing stands, for :meth:`move_to`."""
+        return self._hidden, self._attention
+
+    def move_to(self, places: tuple[_Place, _Place]) -> None:
+        """Take the random bits back, or on, to where they were: the same masks are drawn again."""
+        self._hidden, self._attention = places
+
+    def drop(self, x: Tensor, rate: float) -> Tensor:
+        """Return ``x`` ``(1, T, d)`` partly dropped."""
+        width, place = x.shape[-1], self._hidden
+        if place.used + width > place.size:
+            place = _Place(place.block + 1, _whole_words(SITES_AHEAD * width))
+        block = self._block(_HIDDEN, place.block, [t * place.size for t in self._tokens])
+        bits = block.view(-1, place.size)[:, place.used : place.used + width]
+        self._hidden = _Place(place.block, place.size, place.used + width)
+        return x * factors(bits, rate, x.dtype).view(x.shape)
+
+    def attention(self, batch: Batch, rate: float) -> list[tuple[Batch, Draw]]:
+        """Return that attention goes over the whole batch, and how it draws; empty: it does not."""
+        rates = attention_rates(self.bits, rate)
+        if not any(rates):
+            return []
+        return [(batch, lambda weights: self._attention_factors(weights, batch, rates))]
+
+    def head(self, runs: Sequence[int], rate: float) -> Draw:
+        """Return how the heads of some runs draw for their vectors ``(runs, N, d)``, in turn."""
+        turn = 0
+
+        def draw(x: Tensor) -> Tensor:
+            nonlocal turn
+            size = _whole_words(x[0].numel() if x.ndim == 3 else x.numel())
+            flat = self._draw(_HEAD, turn, dict.fromkeys(runs, size))
+            turn += 1
+            bits = flat.view(len(runs), size)[:, : x.numel() // len(runs)].reshape(x.shape)
+            return factors(bits, rate, x.dtype)
+
+        return draw
+
+    def _attention_factors(self, weights: Tensor, batch: Batch, rates: list[float]) -> Tensor:
+        """Return factors for ``weights`` ``(B * heads, L, L)``."""
+        longest = weights.shape[-1]
+        heads = len(weights) // len(batch.lengths)
+        place = self._attention
+        if place.used == place.size:
+            place = _Place(place.block + 1, LAYERS_AHEAD)
+        sizes = [_whole_words(LAYERS_AHEAD * n) for n in self._scores(heads)]
+        block = self._block(_ATTENTION, place.block, sizes, spare=longest)
+        self._attention = _Place(place.block, place.size, place.used + 1)
+        starts = self._score_rows(batch, heads)[place.used]
+        # Every stretch of the block as a row of its own, so that one gather takes those wanted.
+        # Past a sequence's end there are bits of others, for weights that the mask makes zero.
+        rows = block.as_strided((len(block) - longest + 1, longest), (1, 1))
+        bits = rows.index_select(0, starts).view(weights.shape)
+        if len(set(rates)) == 1:
+            return factors(bits, rates[0], weights.dtype)
+        counts = [heads * len(lengths) for lengths in self.lengths]
+        parts = [
+            factors(own, rate, weights.dtype)
+            for own, rate in zip(bits.split(counts), rates, strict=True)
+        ]
+        return torch.cat(parts)
+
+    @cached_property
+    def _tokens(self) -> list[int]:
+        return [sum(lengths) for lengths in self.lengths]
+
+    def _scores(self, heads: int) -> list[int]:
+        """How many bits each run needs for the attention of one layer: a row for each token."""
+        return [
+            tokens * heads * max(lengths)
+            for tokens, lengths in zip(self._tokens, self.lengths, strict=True)
+        ]
+
+    def _score_rows(self, batch: Batch, heads: int) -> Tensor:
+        """Where in a block the bits of each row of scores begin, ``(layers, B * heads * L)``."""
+        if self._rows is None:
+            begin, columns = 0, []
+            for lengths, size in zip(self.lengths, self._scores(heads), strict=True):
+                width = max(lengths)
+                first = np.cumsum([0, *lengths[:-1]]) * heads * width + begin
+                columns += [(start, width, size) for start in first.tolist()]
+                begin += _whole_words(LAYERS_AHEAD * size)
+            table = upload(torch.tensor(columns).t().contiguous(), self.device)
+            start, width, size = table[:, None, :, None, None]  # (1, B, 1, 1) each
+            layer, head, token = (
+                torch.arange(n, device=self.device).view(shape)
+                for n, shape in (
+                    (LAYERS_AHEAD, (-1, 1, 1, 1)),
+                    (heads, (-1, 1)),
+                    (batch.max_length, (-1,)),
+                )
+            )
+            rows = start + layer * size + (token * heads + head) * width
+            # A sequence's padding has rows past its end, which nobody asks for.
+            self._rows = rows.flatten(1).clamp_(max=begin)
+        return self._rows
+
+    _rows: Tensor | None = None
+
+    def _block(self, kind: int, number: int, sizes: Sequence[int], spare: int = 0) -> Tensor:
+        """Return a block of bits, drawn when it is not the one at hand."""
+        found = self._blocks.get(kind)
+        if found is None or found[0] != number:
+            self._blocks.pop(kind, None)  # its memory goes to the next
+            found = number, self._draw(kind, number, dict(enumerate(sizes)), spare)
+            self._blocks[kind] = found
+        return found[1]
+
+    def _draw(self, kind: int, number: int, sizes: dict[int, int], spare: int = 0) -> Tensor:
+        """Return 16 random bits each, of as many elements for each run as ``sizes`` says."""
+        words = [size // 4 for size in sizes.values()]
+        rest = -(-spare // 4)
+        flat = torch.empty(sum(words) + rest, dtype=torch.int64, device=self.device)
+        flat[sum(words) :] = 0
+        for run, stretch in zip(sizes, flat.split([*words, rest]), strict=False):
+            bits = self.bits[run]
+            bits.generator.manual_seed((bits.seed + (3 * number + kind) * _GOLDEN) % 2**63)
+            # The whole range: without bounds the sign bit is always 0.
+            stretch.random_(-(2**63), None, generator=bits.generator)
+        return flat.view(torch.int16)
+
+
+def _whole_words(size: int) -> int:
+    """Round up to what fills words of 64 bits."""
+    return -(-size // 4) * 4
