@@ -338,3 +338,11 @@ def test_the_heads_dropout_is_read_by_any_of_its_names_and_may_be_a_whole_number
 def test_a_device_that_is_not_there_is_a_clear_error(device):
     with pytest.raises(BaseModelError, match=device):
         choose_device(device)
+
+
+def test_a_device_without_its_number_is_the_one_that_tensors_name(checkpoint):
+    """ "cuda" alone is unequal to "cuda:0": on the CPU an index does the same."""
+    encoder = Encoder(load_base(checkpoint("bert")), device=torch.device("cpu", 0))
+    assert encoder.device == torch.zeros(1).device
+    assert encoder.mixes
+    assert encoder.shares_passes

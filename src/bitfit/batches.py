@@ -133,7 +133,9 @@ class Batch:
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """Return ``x`` of the CPU on ``device``, without waiting for what a GPU is doing."""
+    """Return ``x`` on ``device``; one of the CPU without waiting for what a GPU is doing."""
+    if x.device.type != "cpu":
+        return x.to(device)
     # From pageable memory the copy would wait until the GPU has done all that was asked before.
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 

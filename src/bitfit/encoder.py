@@ -73,7 +73,9 @@ class Encoder:
     ) -> None:
         self.base, self.pooler = base, base.pooler
         self.model: Any = base.model  # transformers' own classes are not typed
-        self.dtype, self.device = dtype, device or torch.device("cpu")
+        self.dtype = dtype
+        # As tensors name it: "cuda" alone is not equal to their "cuda:0".
+        self.device = torch.empty(0, device=device or torch.device("cpu")).device
         self.sites: tuple[Site, ...] = base.sites
         self.state = ForwardState()
         self._lock = threading.RLock()
@@ -221,9 +223,11 @@ class Encoder:
         with self._lock:
             self.state.shifts, self.state.holds_base = shifts, holds_base
             if index is not None:
-                if index.device != self.device:
-                    index = upload(index, self.device)
-                self.state.index = RowIndex(index, _row_count(shifts))
+                each = None
+                if index.device.type == "cpu" and torch.is_grad_enabled():
+                    each = _stretches(index.tolist(), [1] * len(index))
+                rows = _row_count(shifts)
+                self.state.index = RowIndex(upload(index, self.device), rows, stretches=each)
             try:
                 # transformers' poolers look at hidden[:, 0]; ALBERT's is a bare Linear.
                 if isinstance(self.pooler, BankedLinear):
@@ -254,15 +258,9 @@ class Encoder:
         """Return the row of each token, from that of each sequence."""
         stretches = None
         if index.device.type == "cpu" and torch.is_grad_enabled():
-            lengths = [len(feature) for feature in batch.features]
-            stretches = list(zip(index.tolist(), lengths, strict=True))
-            stretches = [
-                (row, sum(length for _, length in group))
-                for row, group in itertools.groupby(stretches, key=operator.itemgetter(0))
-            ]
-        if index.device != self.device:
-            index = upload(index, self.device)
+            stretches = _stretches(index.tolist(), [len(feature) for feature in batch.features])
         rows = _row_count(self.state.shifts)
+        index = upload(index, self.device)
         return RowIndex(index[batch.sequence_of_token], rows, stretches=stretches)
 
     def _run_shared(self, batch: Batch, index: Tensor | None, shared: Shared) -> Tensor:
@@ -274,6 +272,7 @@ class Encoder:
 
     def _run_padded(self, batch: Batch, index: Tensor | None) -> Tensor:
         if index is not None:
+            index = upload(index, self.device)
             self.state.index = RowIndex(index, _row_count(self.state.shifts), padded=True)
         padding = self.base.config.pad_token_id or 0
         inputs = {
@@ -299,6 +298,7 @@ class Encoder:
     ) -> Tensor:
         """A mixed batch, one row after the other, for families whose leaves see no batch axis."""
         parts, places = [], []
+        index = upload(index, self.device)
         for row in index.unique().tolist():
             chosen = torch.nonzero(index == row).flatten().tolist()
             part = pack([batch.features[i] for i in chosen]).to(self.device)
@@ -382,6 +382,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _row_count(shifts: Mapping[str, Tensor]) -> int:
     return next((len(shift) for shift in shifts.values()), 1)
+
+
+def _stretches(index: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return ``(row, length)`` of each stretch of equal rows, from those of each sequence."""
+    pairs = zip(index, lengths, strict=True)
+    return [
+        (row, sum(length for _, length in group))
+        for row, group in itertools.groupby(pairs, key=operator.itemgetter(0))
+    ]
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:

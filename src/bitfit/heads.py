@@ -141,14 +141,15 @@ def head_logits(
 
 def word_positions(batch: Batch) -> tuple[Tensor, list[int]]:
     """Return the token of each word that was not cut off, and how many words each sequence has."""
-    starts = batch.starts.tolist()
+    lengths = [len(feature) for feature in batch.features]
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()  # not the batch's: reading it waits for a GPU
     kept = [
         start + f.word_starts[f.word_starts >= 0]
         for start, f in zip(starts, batch.features, strict=True)
         if f.word_starts is not None
     ]
     flat = torch.from_numpy(np.concatenate(kept))
-    return flat.to(batch.input_ids.device), [len(k) for k in kept]
+    return upload(flat, batch.input_ids.device), [len(k) for k in kept]
 
 
 def batch_loss(

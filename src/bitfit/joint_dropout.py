@@ -159,7 +159,8 @@ class JointDropout:
         """Return a block of bits, drawn when it is not the one at hand."""
         found = self._blocks.get(kind)
         if found is None or found[0] != number:
-            self._blocks.pop(kind, None)  # its memory goes to the next
+            self._blocks.pop(kind, None)
+            found = None  # so that its memory goes to the next
             found = number, self._draw(kind, number, dict(enumerate(sizes)), spare)
             self._blocks[kind] = found
         return found[1]

@@ -199,6 +199,10 @@ class Lane:
             self.best = numbers
         return is_best
 
+    def forget_losses(self) -> None:
+        """Take a list of losses of its own, and an empty one: of another start, or of a copy."""
+        self._unread_losses = []
+
     def read_losses(self) -> None:
         """Count the losses of the steps since this was last done, which waits for a GPU."""
         if self._unread_losses:

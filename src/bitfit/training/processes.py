@@ -112,7 +112,8 @@ class Group(Processes):
         *parts, total = torch.split(flat, [*(g.numel() for g in grads), len(losses)])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.grad = part.view_as(tensor)
-        return list(total)
+        # Copies: views would keep the gradients alive for as long as somebody keeps a loss.
+        return list(total.clone())
 
     def collect(
         self, own: list[NDArray[np.float32]], places: list[int], shapes: Sequence[tuple[int, ...]]

@@ -337,13 +337,18 @@ class Trainer:
     def _passes(self, shares: Sequence[Share]) -> Iterator[slice]:
         """Split the running lanes into forward passes, as many in each as help the hardware."""
         most = pass_tokens(self.encoder.device)
-        begin, tokens = 0, 0
+        # Where all attend together, padding to the longest of all is what takes memory.
+        padded = draws_jointly(self.encoder.device)
+        begin, tokens, sequences, longest = 0, 0, 0, 0
         for place, share in enumerate(shares):
-            more = len(share.batch.input_ids)
-            if tokens and tokens + more > most:
+            batch = share.batch
+            tokens += len(batch.input_ids)
+            sequences += len(batch.features)
+            longest = max(longest, batch.max_length)
+            if place > begin and (sequences * longest if padded else tokens) > most:
                 yield slice(begin, place)
-                begin, tokens = place, 0
-            tokens += more
+                begin, tokens = place, len(batch.input_ids)
+                sequences, longest = len(batch.features), batch.max_length
         yield slice(begin, len(shares))
 
     def _losses(
@@ -477,6 +482,7 @@ class Trainer:
         self.slots, self.next_lane = note["slots"], note["next_lane"]
         for number, (lane, progress) in enumerate(zip(self.lanes, note["progress"], strict=True)):
             lane.progress = Progress(**progress)
+            lane.forget_losses()
             places = [name for name in tensors if name.startswith(f"best.{number}.")]
             lane.best = [
                 tensors[f"best.{number}.{i}"].to(self.encoder.device) for i in range(len(places))
