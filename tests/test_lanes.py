@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_encoder import make_batch
 from test_training import make_lane
 
 from bitfit.batches import make_features
@@ -13,12 +14,13 @@ from bitfit.errors import BitfitError, TrainingDiverged, UsageError
 from bitfit.inference import TaskHead, compute_logits
 from bitfit.leaves import RowIndex
 from bitfit.tasks import Task, TextExample, TokenExample
-from bitfit.training.lane import Lane, Split
+from bitfit.training.lane import Lane, Share, Split
 from bitfit.training.lane_count import (
     activation_bytes,
     choose_lane_count,
     free_memory,
     measure_lane_counts,
+    training_speed,
 )
 from bitfit.training.methods import make_method
 from bitfit.training.settings import TrainConfig
@@ -290,6 +292,43 @@ def test_low_memory_gives_the_same_numbers_and_keeps_less(family, open_tiny, for
         kept.append(sum(sizes))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] < 0.3 * kept[0]
+
+
+@pytest.mark.parametrize(("jointly", "passes"), [(False, [4]), (True, [2, 1, 1])])
+def test_a_pass_of_lanes_that_attend_together_is_bounded_with_its_padding(
+    jointly, passes, open_tiny, monkeypatch
+):
+    """Two lanes of 3 x 4 tokens, one of 3 x 30 and one of 3 x 4; a pass takes 150."""
+    monkeypatch.setattr("bitfit.training.train.draws_jointly", lambda device: jointly)
+    monkeypatch.setattr("bitfit.training.train.pass_tokens", lambda device: 150)
+    encoder = open_tiny()
+    lanes = [make_lane(encoder)]
+    trainer = Trainer(encoder=encoder, method=make_method(encoder, lanes, 1), lanes=lanes)
+    shares = [Share(make_batch([n] * 3), 1.0) for n in (4, 4, 30, 4)]
+    assert [part.stop - part.start for part in trainer._passes(shares)] == passes
+
+
+def test_lanes_that_train_the_pooler_never_wait_for_the_device(open_tiny, monkeypatch):
+    """Stretches of rows that are looked for on a GPU wait for it."""
+
+    def fail(*args, **options):
+        raise AssertionError("looked for on the device")
+
+    encoder = open_tiny()
+    lanes = [make_lane(encoder, seed=i, terms="all,pooler", pooling="pooler") for i in range(2)]
+    trainer = Trainer(encoder=encoder, method=make_method(encoder, lanes, 2), lanes=lanes)
+    steps = trainer.steps_only()
+    monkeypatch.setattr(torch, "unique_consecutive", fail)
+    assert len(next(steps).losses) == 2
+
+
+def test_a_trial_of_lanes_leaves_no_loss_with_them(open_tiny):
+    encoder = open_tiny()
+    lanes = [make_lane(encoder, seed=i) for i in range(2)]
+    lanes[0].step_taken(torch.tensor(1.5), lanes[0].next_batch(), 0.0)
+    training_speed(encoder, lanes)
+    lanes[0].read_losses()
+    assert lanes[0].progress.loss_sum == 1.5
 
 
 def test_lanes_that_pass_one_by_one_need_the_memory_of_one_pass(open_tiny, monkeypatch):

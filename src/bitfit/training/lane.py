@@ -174,7 +174,7 @@ class Lane:
         """Count a step, taken on ``batch`` with ``loss`` (0-d)."""
         if self.progress.step % self.steps_per_epoch == 0:
             self.progress.loss_sum = 0.0
-            self._unread_losses.clear()
+            self.forget_losses()
         self._unread_losses.append(loss)
         self.progress.step += 1
         self.progress.seconds += seconds
@@ -200,7 +200,7 @@ class Lane:
         return is_best
 
     def forget_losses(self) -> None:
-        """Take a list of losses of its own, and an empty one: of another start, or of a copy."""
+        """Leave uncounted what was not read. The list is a new one: copies may share the old."""
         self._unread_losses = []
 
     def read_losses(self) -> None:
@@ -209,7 +209,7 @@ class Lane:
             # One after the other, so that it does not matter when they are read.
             for loss in torch.stack(self._unread_losses).tolist():
                 self.progress.loss_sum += loss
-            self._unread_losses.clear()
+            self.forget_losses()
 
     @property
     def epoch_loss(self) -> float:
