@@ -89,7 +89,6 @@ def training_speed(encoder: Encoder, lanes: Sequence[Lane], processes: Processes
     trials = [copy.copy(lane) for lane in lanes]
     for trial in trials:
         trial.progress = Progress()
-        trial.forget_losses()
     method = make_method(encoder, trials, len(trials))
     trainer = Trainer(encoder=encoder, method=method, lanes=trials, processes=processes)
     method.install()
