@@ -22,18 +22,16 @@ from bitfit.errors import (
 )
 from bitfit.heads import make_head
 from bitfit.tasks import Task, TextExample
+from bitfit.training.adamw import AdamW, learning_rate_at, step_size
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import RandomMethod, make_method, random_places
 from bitfit.training.outputs import calibrate
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
 from bitfit.training.train import (
-    AdamW,
     EpochDone,
     StepDone,
     Trainer,
-    learning_rate_at,
     score_logits,
-    step_size,
 )
 
 MOOD = Task(name="mood", kind="classification", labels=("bad", "good"))

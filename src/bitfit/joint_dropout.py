@@ -49,6 +49,7 @@ class JointDropout:
         self.lengths = [[len(f) for f in batch.features] for _, batch in parts]
         self._hidden, self._attention = _Place(), _Place()
         self._blocks: dict[int, tuple[int, Tensor]] = {}
+        self._rows: Tensor | None = None
 
     @property
     def seed(self) -> int:
@@ -153,14 +154,12 @@ class JointDropout:
             self._rows = rows.flatten(1).clamp_(max=begin)
         return self._rows
 
-    _rows: Tensor | None = None
-
     def _block(self, kind: int, number: int, sizes: Sequence[int], spare: int = 0) -> Tensor:
         """Return a block of bits, drawn when it is not the one at hand."""
         found = self._blocks.get(kind)
         if found is None or found[0] != number:
             self._blocks.pop(kind, None)
-            found = None  # so that its memory goes to the next
+            found = None  # its memory goes to the next
             found = number, self._draw(kind, number, dict(enumerate(sizes)), spare)
             self._blocks[kind] = found
         return found[1]
