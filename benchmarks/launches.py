@@ -94,6 +94,9 @@ def main() -> None:
     parser.add_argument("--operations", action="store_true", help="also by name, the most first")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    numbers = args.lanes.split(",")
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        parser.error(f"--lanes {args.lanes}: expected numbers from 1 between commas, as 1,64")
     scale = Scale(sizes={}, vocabulary=120)
     config = {"hidden_size": HIDDEN, "num_hidden_layers": args.layers,
               "num_attention_heads": HEADS, "intermediate_size": 4 * HIDDEN}  # fmt: skip
@@ -103,7 +106,7 @@ def main() -> None:
         make_checkpoint(path, scale, Size(name="narrow", config=config), torch.device("cpu"))
         encoder = open_encoder(str(path), "fp32", "cpu")
         with as_on(args.form):
-            for lanes in map(int, args.lanes.split(",")):
+            for lanes in map(int, numbers):
                 found[lanes] = count(encoder, str(path), lanes, args.batch_size, scale.vocabulary)
     if args.json:
         print(json.dumps({"layers": args.layers, "operations": found}))
