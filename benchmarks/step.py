@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bitfit import attention
-from bitfit.batches import Batch
-from bitfit.bench.ours import side_by_side
+from bitfit import attention, side_by_side
+from bitfit.bench import ours
 from bitfit.bench.work import Table, choose_sources, make_table, read_source
 from bitfit.dropout import Draw, DropoutBits
 from bitfit.encoder import open_encoder
+from bitfit.side_by_side import SideBySide
 from bitfit.training import train
 
 GROUPS = {
@@ -45,16 +45,25 @@ WARM_UP = 2
 
 
 def attention_by_autograd(
-    q: Tensor, k: Tensor, v: Tensor, batch: Batch, scaling: float, draw: Draw
+    q: Tensor, k: Tensor, v: Tensor, layout: SideBySide, scaling: float, draw: Draw
 ) -> Tensor:
     """What ``_DroppedAttention`` took the place of: the same with autograd's own backward."""
-    heads = q.shape[1]
-    q, k, v = (attention._side_by_side(x, batch) for x in (q, k, v))
-    scores = torch.matmul(q * scaling, k.transpose(2, 3))
-    scores = scores.masked_fill(~batch.mask[:, None, None, :], torch.finfo(q.dtype).min)
-    weights = torch.softmax(scores, dim=-1)
-    context = torch.matmul(weights * draw(weights), v)
-    return attention._end_to_end(context.flatten(0, 2), batch, heads)
+    laid = [layout.split_rows(layout.lay(x)) for x in (q, k, v)]
+    contexts = []
+    for *qkv, mask in zip(*laid, layout.score_masks(q.dtype), strict=True):
+        scores = torch.matmul(qkv[0] * scaling, qkv[1].mT)
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        contexts.append(torch.matmul(weights * draw(weights), qkv[2]).flatten(0, 1))
+    return layout.take(torch.cat(contexts))
+
+
+def all_padded_to_the_longest() -> Any:
+    """Attention of a run's batch as one rectangle."""
+
+    def one_group(sizes: Sequence[int], heads: int) -> list[list[int]]:
+        return [list(range(len(sizes)))]
+
+    return patch.object(side_by_side, "group_by_length", one_group)
 
 
 def masks_without_bools(bits: DropoutBits, x: Tensor, rate: float) -> Tensor:
@@ -78,6 +87,7 @@ ALTERNATIVES: dict[str, Callable[[], Any]] = {
     "attention by autograd": lambda: patch.object(
         attention._DroppedAttention, "apply", attention_by_autograd
     ),
+    "attention padded to the longest of the batch": all_padded_to_the_longest,
     "dropout masks without bools": lambda: patch.object(DropoutBits, "scale", masks_without_bools),
     "attention and dropout of all lanes at once, as on a GPU": lambda: patch.object(
         train, "draws_jointly", lambda device: True
@@ -97,7 +107,7 @@ def make_step(args: argparse.Namespace, steps: int) -> tuple[Callable[[int], Non
     table = make_table(
         args.base, encoder.device, task, features, args.batch_size, steps, args.lanes
     )
-    return side_by_side(table.work, encoder, args.method).step, table
+    return ours.side_by_side(table.work, encoder, args.method).step, table
 
 
 def show_profile(args: argparse.Namespace) -> None:

@@ -43,9 +43,8 @@ def hidden_mask(masks, tokens, width=6, rate=0.5):
 def score_masks(masks, batch, rate=0.5):
     """Return the factors of one layer's attention, ``(B, heads, L, L)``."""
     longest = batch.max_length
-    ((_, draw),) = masks.attention(batch, rate)
-    weights = torch.ones(len(batch.lengths) * HEADS, longest, longest)
-    return draw(weights).view(-1, HEADS, longest, longest)
+    ((layout, draw),) = masks.attention(batch, HEADS, rate)
+    return draw(torch.ones(layout.scores)).view(-1, HEADS, longest, longest)
 
 
 @settings(deadline=None, max_examples=25)
@@ -111,7 +110,7 @@ def test_each_run_has_its_own_rate_on_attention():
     factors = score_masks(masks, batch, 0.5)
     assert (factors[:2] == 1).all()
     assert set(factors[2].unique().tolist()) == {0.0, 2.0}
-    assert joint([[3]], rates=[0.0])[0].attention(batch, 0.5) == []
+    assert joint([[3]], rates=[0.0])[0].attention(batch, HEADS, 0.5) == []
 
 
 def test_masks_that_are_drawn_again_are_the_same():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from bitfit.attention import _attend, _DroppedAttention
 from bitfit.bank import Layout
 from bitfit.batches import Feature, pack
 from bitfit.dropout import DropoutBits, StepDropout
@@ -48,34 +47,6 @@ def test_the_gradient_of_an_added_row_is_exact():
         return _AddByRow.apply(x * 1.0, rows, index)  # in place: x itself is a leaf
 
     assert gradcheck(add, (exact(1, 7, 5), exact(4, 5, seed=2)), atol=1e-8)
-
-
-def test_the_gradient_of_dropped_attention_is_exact():
-    batch = make_batch([3, 1, 2])
-
-    def attend(q, k, v):
-        return _DroppedAttention.apply(q, k, v, batch, 0.7, same_bits(3, 0.4))
-
-    assert gradcheck(attend, tuple(exact(6, 2, 3, seed=s) for s in range(3)), atol=1e-8)
-
-
-def test_dropped_attention_without_drops_is_the_fused_one():
-    batch = make_batch([5, 2, 9, 1])
-    q, k, v = (exact(17, 2, 4, seed=s).detach() for s in range(3))
-    found = _DroppedAttention.apply(q, k, v, batch, 0.5, same_bits(0, 0.0))
-    torch.testing.assert_close(found, _attend(q, k, v, batch, 0.5))
-
-
-def test_a_nan_in_one_sequence_stays_there():
-    batch = make_batch([3, 5])
-    q, k, v = (exact(8, 2, 4, seed=s).detach() for s in range(3))
-    q[:3] = k[:3] = v[:3] = torch.nan
-    q, k, v = (x.requires_grad_(True) for x in (q, k, v))
-    out = _DroppedAttention.apply(q, k, v, batch, 0.5, same_bits(0, 0.1))
-    out.sum().backward()
-    assert out[:3].isnan().all()
-    assert not out[3:].isnan().any()
-    assert not any(x.grad[3:].isnan().any() for x in (q, k, v))
 
 
 @pytest.mark.parametrize("index", [[0, 0, 1], [2, 0, 2], [1, 1, 1]])

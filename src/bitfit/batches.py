@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -90,33 +90,10 @@ class Batch:
         columns = torch.arange(self.max_length, device=self.lengths.device)
         return self.starts[:, None] + torch.where(self.mask, columns, 0)
 
-    def padded_head_rows(self, heads: int) -> Tensor:
-        """``(B, heads, max_length)``: as :attr:`padded_index`, of packed rows ``(T, heads)``."""
-        if ("padded", heads) not in self._for_heads:
-            columns = torch.arange(heads, device=self.lengths.device)[None, :, None]
-            self._for_heads["padded", heads] = self.padded_index[:, None, :] * heads + columns
-        return self._for_heads["padded", heads]
-
-    def head_rows(self, heads: int) -> Tensor:
-        """``(T * heads,)``: where each token's heads stand in a flat ``(B, heads, L)``."""
-        if ("packed", heads) not in self._for_heads:
-            columns = torch.arange(heads, device=self.lengths.device)
-            first = self.sequence_of_token * heads
-            rows = (first[:, None] + columns) * self.max_length + self.positions[:, None]
-            self._for_heads["packed", heads] = rows.flatten()
-        return self._for_heads["packed", heads]
-
-    def score_mask(self, heads: int, dtype: torch.dtype) -> Tensor:
-        """``(B * heads, 1, L)``: 0 where a sequence has a token, the least number elsewhere."""
-        if (str(dtype), heads) not in self._for_heads:
-            mask = torch.zeros(self.mask.shape, dtype=dtype, device=self.lengths.device)
-            mask.masked_fill_(~self.mask, torch.finfo(dtype).min)
-            self._for_heads[str(dtype), heads] = mask.repeat_interleave(heads, 0)[:, None]
-        return self._for_heads[str(dtype), heads]
-
     @cached_property
-    def _for_heads(self) -> dict[tuple[str, int], Tensor]:
-        return {}  # every layer asks for the same
+    def derived(self) -> dict[Hashable, object]:
+        """What others make of the batch once and ask for in every layer."""
+        return {}
 
     @cached_property
     def unpadded_index(self) -> Tensor:

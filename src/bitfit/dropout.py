@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitfit.batches import Batch
+from bitfit.side_by_side import SideBySide, side_by_side
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]
 """Gives a factor per element of a tensor: 0 where it is dropped, else 1 / (1 - rate)."""
@@ -81,20 +82,21 @@ class StepDropout:
         for (bits, _), place in zip(self.parts, places, strict=True):
             bits.generator.set_state(place)
 
-    def attention(self, batch: Batch, rate: float) -> list[tuple[Batch, Draw]]:
-        """Return in which parts attention goes over a batch, and how each draws.
+    def attention(self, batch: Batch, heads: int, rate: float) -> list[tuple[SideBySide, Draw]]:
+        """Return in which parts attention goes over a batch, and how each draws for its scores.
 
         Empty where nothing is dropped.
 
         Args:
             batch: the sequences of all runs.
+            heads: of the attention.
             rate: the base's; a run may have its own.
         """
         rates = attention_rates([bits for bits, _ in self.parts], rate)
         if not any(rates):
             return []
         return [
-            (own, partial(bits.scale, rate=its))
+            (side_by_side(own, heads), partial(bits.scale, rate=its))
             for (bits, own), its in zip(self.parts, rates, strict=True)
         ]
 

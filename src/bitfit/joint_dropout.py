@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitfit.batches import Batch, upload
 from bitfit.dropout import Draw, DropoutBits, attention_rates, factors
+from bitfit.side_by_side import SideBySide, side_by_side
 
 # How many sites (hidden states) and layers (attention) one call draws for. They are part of what a
 # seed means on a GPU: other numbers, other masks.
@@ -74,12 +75,13 @@ class JointDropout:
         self._hidden = _Place(place.block, place.size, place.used + width)
         return x * factors(bits, rate, x.dtype).view(x.shape)
 
-    def attention(self, batch: Batch, rate: float) -> list[tuple[Batch, Draw]]:
+    def attention(self, batch: Batch, heads: int, rate: float) -> list[tuple[SideBySide, Draw]]:
         """Return that attention goes over the whole batch, and how it draws; empty: it does not."""
         rates = attention_rates(self.bits, rate)
         if not any(rates):
             return []
-        return [(batch, lambda weights: self._attention_factors(weights, batch, rates))]
+        layout = side_by_side(batch, heads, in_groups=False)
+        return [(layout, lambda weights: self._attention_factors(weights, layout, rates))]
 
     def head(self, runs: Sequence[int], rate: float) -> Draw:
         """Return how the heads of some runs draw for their vectors ``(runs, N, d)``, in turn."""
@@ -95,24 +97,24 @@ class JointDropout:
 
         return draw
 
-    def _attention_factors(self, weights: Tensor, batch: Batch, rates: list[float]) -> Tensor:
-        """Return factors for ``weights`` ``(B * heads, L, L)``."""
-        longest = weights.shape[-1]
-        heads = len(weights) // len(batch.lengths)
+    def _attention_factors(self, weights: Tensor, layout: SideBySide, rates: list[float]) -> Tensor:
+        """Return factors for ``weights``, the squares ``(B * heads, L, L)`` end to end."""
+        (group,), heads = layout.groups, layout.heads
+        longest = group.width
         place = self._attention
         if place.used == place.size:
             place = _Place(place.block + 1, LAYERS_AHEAD)
         sizes = [_whole_words(LAYERS_AHEAD * n) for n in self._scores(heads)]
         block = self._block(_ATTENTION, place.block, sizes, spare=longest)
         self._attention = _Place(place.block, place.size, place.used + 1)
-        starts = self._score_rows(batch, heads)[place.used]
+        starts = self._score_rows(layout.batch, heads)[place.used]
         # Every stretch of the block as a row of its own, so that one gather takes those wanted.
         # Past a sequence's end there are bits of others, for weights that the mask makes zero.
         rows = block.as_strided((len(block) - longest + 1, longest), (1, 1))
         bits = rows.index_select(0, starts).view(weights.shape)
         if len(set(rates)) == 1:
             return factors(bits, rates[0], weights.dtype)
-        counts = [heads * len(lengths) for lengths in self.lengths]
+        counts = [heads * len(lengths) * longest**2 for lengths in self.lengths]
         parts = [
             factors(own, rate, weights.dtype)
             for own, rate in zip(bits.split(counts), rates, strict=True)

@@ -1,0 +1,174 @@
+"""The sequences of a packed batch laid side by side for attention, in groups of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitfit.batches import Batch, upload
+
+# What a group costs beside its scores, counted in scores of one head: its calls. And what a row of
+# scores costs beside them: it is gathered, multiplied and put back. Measured on a CPU; they choose
+# the groups, and no result depends on them.
+GROUP_COST = 16_000
+ROW_COST = 24
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some sequences of a batch, padded to the longest of them."""
+
+    sequences: int
+    width: int
+    mask: Tensor | None
+    """``(sequences, width)``: true where there is a token; None: everywhere."""
+
+
+class SideBySide:
+    """Where the heads of each token stand when attention lays sequences side by side.
+
+    Scores grow with the square of the length, so padding all sequences to the longest would spend
+    most of a mixed batch on padding. Here every group of like length has a rectangle of its own,
+    ``(sequences, heads, width)``, and the rectangles stand end to end: to lay tokens into all of
+    them is one gather, to take them out is another, however many groups there are.
+
+    Args:
+        batch: the sequences.
+        heads: of the attention.
+        in_groups: False makes one group, in the order of the batch.
+    """
+
+    def __init__(self, batch: Batch, heads: int, *, in_groups: bool) -> None:
+        self.batch, self.heads = batch, heads
+        sizes = [len(feature) for feature in batch.features]
+        members = group_by_length(sizes, heads) if in_groups else [list(range(len(sizes)))]
+        self.groups: list[Group] = []
+        rows, begin = [], 0
+        corners = np.empty((2, len(sizes)), dtype=np.int64)
+        for group in members:
+            width = max(sizes[i] for i in group)
+            corners[0, group] = begin + np.arange(len(group)) * heads * width
+            corners[1, group] = width
+            begin += len(group) * heads * width
+            index, mask = self._gather(group if len(members) > 1 else None, width)
+            rows.append(index)
+            even = all(sizes[i] == width for i in group)
+            self.groups.append(Group(len(group), width, None if even else mask))
+        self._rows = rows[0] if len(rows) == 1 else torch.cat(rows)
+        """``(R,)``: which row of ``(T * heads, ...)`` stands at each place of the rectangles."""
+        self._corners = upload(torch.from_numpy(corners), self._rows.device)
+        self._score_masks: dict[torch.dtype, list[Tensor | None]] = {}
+
+    def _gather(self, group: Sequence[int] | None, width: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of one rectangle and its mask; None: of all sequences."""
+        starts, lengths = self.batch.starts[:, None], self.batch.lengths[:, None]
+        if group is not None:
+            chosen = upload(torch.tensor(group), starts.device)
+            starts, lengths = starts[chosen], lengths[chosen]
+        columns = torch.arange(width, device=starts.device)
+        mask = columns < lengths
+        # At the padding a sequence's own first token: a NaN in one sequence, weighed by zero,
+        # would otherwise reach its neighbours.
+        tokens = starts + torch.where(mask, columns, 0)
+        heads = torch.arange(self.heads, device=starts.device)[:, None]
+        return (tokens[:, None, :] * self.heads + heads).flatten(), mask
+
+    @cached_property
+    def places(self) -> Tensor:
+        """``(T * heads,)``: where each head of each token stands in the rectangles."""
+        begin, width = self._corners[:, self.batch.sequence_of_token, None]  # (T, 1) each
+        heads = torch.arange(self.heads, device=self._corners.device)
+        places: Tensor = begin + heads * width + self.batch.positions[:, None]
+        return places.flatten()
+
+    @property
+    def scores(self) -> int:
+        """How many scores there are, padding included."""
+        return sum(group.sequences * group.width**2 for group in self.groups) * self.heads
+
+    def lay(self, x: Tensor) -> Tensor:
+        """``(T, heads, d)`` packed -> ``(R, d)``, the rectangles end to end."""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self._rows)
+
+    def take(self, x: Tensor) -> Tensor:
+        """``(R, d)``, the rectangles end to end -> ``(T, heads, d)`` packed."""
+        return x.index_select(0, self.places).view(-1, self.heads, x.shape[-1])
+
+    def split_rows(self, x: Tensor) -> list[Tensor]:
+        """``(R, d)`` -> for each group its rectangle, ``(sequences * heads, width, d)``."""
+        stacks = [(group.sequences * self.heads, group.width) for group in self.groups]
+        parts = x.split([count * width for count, width in stacks])
+        return [part.view(*stack, -1) for part, stack in zip(parts, stacks, strict=True)]
+
+    def split_scores(self, x: Tensor) -> list[Tensor]:
+        """``(scores,)`` -> for each group its squares, ``(sequences * heads, width, width)``."""
+        stacks = [(g.sequences * self.heads, g.width, g.width) for g in self.groups]
+        parts = x.split([count * width * width for count, width, _ in stacks])
+        return [part.view(stack) for part, stack in zip(parts, stacks, strict=True)]
+
+    def score_masks(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """For each group ``(sequences * heads, 1, width)``: the least number at the padding.
+
+        Zero elsewhere; None where there is no padding.
+        """
+        if dtype not in self._score_masks:
+            self._score_masks[dtype] = [self._score_mask(group, dtype) for group in self.groups]
+        return self._score_masks[dtype]
+
+    def _score_mask(self, group: Group, dtype: torch.dtype) -> Tensor | None:
+        if group.mask is None:
+            return None
+        mask = torch.zeros(group.mask.shape, dtype=dtype, device=group.mask.device)
+        mask.masked_fill_(~group.mask, torch.finfo(dtype).min)
+        return mask.repeat_interleave(self.heads, 0)[:, None]
+
+
+def side_by_side(batch: Batch, heads: int, *, in_groups: bool | None = None) -> SideBySide:
+    """Return how attention lays a batch side by side; every layer asks for the same.
+
+    Args:
+        batch: the sequences.
+        heads: of the attention.
+        in_groups: None: on a CPU. A GPU waits for each call, and has room for padding.
+    """
+    if in_groups is None:
+        in_groups = batch.lengths.device.type == "cpu"
+    if (heads, in_groups) not in batch.derived:
+        batch.derived[heads, in_groups] = SideBySide(batch, heads, in_groups=in_groups)
+    found = batch.derived[heads, in_groups]
+    assert isinstance(found, SideBySide)
+    return found
+
+
+def group_by_length(sizes: Sequence[int], heads: int) -> list[list[int]]:
+    """Return the sequences in the groups that cost least, the shortest first.
+
+    A group is as wide as its longest sequence, so the best groups are stretches of the sequences
+    in the order of their lengths: dynamic programming over the distinct lengths finds where to cut.
+
+    Args:
+        sizes: tokens of each sequence.
+        heads: of the attention.
+    """
+    widths, counts = np.unique(sizes, return_counts=True)
+    below = np.concatenate([[0], counts.cumsum()])
+    score_cost = heads * widths * (widths + ROW_COST)
+    best, cuts = np.zeros(len(widths) + 1), []
+    for last in range(len(widths)):
+        # The last group begins at each of the lengths up to this one.
+        costs = best[: last + 1] + (below[last + 1] - below[: last + 1]) * score_cost[last]
+        cuts.append(int(costs.argmin()))
+        best[last + 1] = costs[cuts[-1]] + GROUP_COST
+    order = np.argsort(sizes, kind="stable")
+    groups, end = [], len(widths)
+    while end:
+        first = cuts[end - 1]
+        # In the order of the batch: neighbours stay neighbours.
+        groups.append(sorted(order[below[first] : below[end]].tolist()))
+        end = first
+    return groups[::-1]
