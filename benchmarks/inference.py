@@ -2,6 +2,7 @@
 
 python benchmarks/inference.py sharing --data glue_data      # 20 tasks on one text
 python benchmarks/inference.py operations                    # mixed beside folded, one by one
+python benchmarks/inference.py attention --data glue_data    # groups of like length, or padded
 python benchmarks/inference.py storage --data glue_data --task sst2.bitfit.safetensors
 python benchmarks/inference.py int8 --data glue_data --task sst2.bitfit.safetensors
 """
@@ -13,8 +14,10 @@ import dataclasses
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,9 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bitfit
+from bitfit import side_by_side
 from bitfit.bank import Layout
+from bitfit.batches import Batch, Feature, pack
 from bitfit.bench.contenders import random_task
 from bitfit.bench.serve import make_plan
+from bitfit.bench.work import choose_sources, read_source
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.held import HeldTasks
 from bitfit.leaves import BankedLinear
@@ -98,6 +104,38 @@ def show_operations(args: argparse.Namespace) -> None:
     }, 60)  # fmt: skip
     for name, seconds in took.items():
         print(f"{name:34} {1000 * seconds:6.2f} ms")
+
+
+def show_attention(args: argparse.Namespace) -> None:
+    """A batch encoded with attention in groups of like length, and padded to its longest."""
+    encoder = open_encoder("minilm", "fp32", "cpu")
+    made: dict[str, list[Batch]] = {}
+    for source in choose_sources(args.data, (), ("sst2", "mrpc"), ("intent",)):
+        _, features = read_source(encoder, source)
+        for count in (8, 32, 128):
+            made[f"{count} of {source[0]}"] = [
+                pack(features[i * count : (i + 1) * count]) for i in range(ROUNDS + 1)
+            ]
+    ids = np.full(128, 1000)
+    long, short = (Feature(ids[:n], np.zeros(n, np.int64), 0) for n in (128, 15))
+    made["one of 128 tokens, 60 of 15"] = [pack([long, *[short] * 60]) for _ in range(ROUNDS + 1)]
+
+    def encode(batches: Iterator[Batch], chosen: Callable[..., list[list[int]]]) -> None:
+        with patch.object(side_by_side, "group_by_length", chosen):
+            encoder.encode(next(batches), {})
+
+    def padded(sizes: Sequence[int], heads: int) -> list[list[int]]:
+        return [list(range(len(sizes)))]
+
+    for title, batches in made.items():
+        groups = side_by_side.group_by_length
+        both = [iter([Batch(b.input_ids, b.token_type_ids, b.lengths, b.features) for b in batches])
+                for _ in range(2)]  # fmt: skip
+        took = in_turns({
+            "groups": partial(encode, both[0], groups), "padded": partial(encode, both[1], padded),
+        }, ROUNDS)  # fmt: skip
+        grouped, one = (1000 * took[name] for name in ("groups", "padded"))
+        print(f"{title:28} {grouped:7.1f} ms in groups, {one:7.1f} ms padded: {one / grouped:.2f}")
 
 
 def show_storage(args: argparse.Namespace) -> None:
@@ -191,8 +229,8 @@ def quantize(encoder: Encoder, product_of: Callable[[Tensor], Callable[[Tensor],
 
 
 PARTS = {
-    "sharing": show_sharing, "operations": show_operations, "storage": show_storage,
-    "int8": show_int8,
+    "sharing": show_sharing, "operations": show_operations, "attention": show_attention,
+    "storage": show_storage, "int8": show_int8,
 }  # fmt: skip
 
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bitfit import attention, side_by_side
+from bitfit import attention, dropout, side_by_side
 from bitfit.bench import ours
 from bitfit.bench.work import Table, choose_sources, make_table, read_source
-from bitfit.dropout import Draw, DropoutBits
+from bitfit.dropout import Draw
 from bitfit.encoder import open_encoder
 from bitfit.side_by_side import SideBySide
 from bitfit.training import train
@@ -66,15 +66,10 @@ def all_padded_to_the_longest() -> Any:
     return patch.object(side_by_side, "group_by_length", one_group)
 
 
-def masks_without_bools(bits: DropoutBits, x: Tensor, rate: float) -> Tensor:
-    """Dropout factors compared straight into the type they are used in."""
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
-    words.random_(-(2**63), None, generator=bits.generator)
-    drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
+def masks_of_bools(bits: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
+    """Dropout factors by way of a mask of bools."""
     dropped = round(rate * 65536)
-    factor = torch.empty_like(x)
-    torch.ge(drawn, dropped - 32768, out=factor)
-    return factor.mul_(65536 / (65536 - dropped))
+    return (bits >= dropped - 32768).to(dtype).mul_(65536 / (65536 - dropped))
 
 
 def passes_of(tokens: int) -> Callable[[], Any]:
@@ -88,7 +83,7 @@ ALTERNATIVES: dict[str, Callable[[], Any]] = {
         attention._DroppedAttention, "apply", attention_by_autograd
     ),
     "attention padded to the longest of the batch": all_padded_to_the_longest,
-    "dropout masks without bools": lambda: patch.object(DropoutBits, "scale", masks_without_bools),
+    "dropout masks by way of bools": lambda: patch.object(dropout, "factors", masks_of_bools),
     "attention and dropout of all lanes at once, as on a GPU": lambda: patch.object(
         train, "draws_jointly", lambda device: True
     ),

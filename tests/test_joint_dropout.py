@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bitfit.batches import Feature, pack
 from bitfit.dropout import DropoutBits
-from bitfit.joint_dropout import LAYERS_AHEAD, SITES_AHEAD, JointDropout
+from bitfit.joint_dropout import LAYERS_AHEAD, SITES_AHEAD, JointDropout, drawn_bytes
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = torch.device("cpu")
@@ -138,3 +138,12 @@ def test_a_step_of_many_lanes_needs_hardly_more_operations_than_of_one(monkeypat
     # beside the draws: a call for each lane and block of bits
     assert many - few == found["12"]["random_"] - found["2"]["random_"]
     assert many < 1.3 * few
+
+
+def test_the_bytes_of_bits_drawn_ahead_are_known_beforehand():
+    lengths = [20, 20, 20, 20]
+    masks, batch = joint([lengths])
+    hidden_mask(masks, sum(lengths), width=64)
+    score_masks(masks, batch)
+    held = sum(block.nbytes for _, block in masks._blocks.values()) + masks._rows.nbytes
+    assert held == pytest.approx(sum(lengths) * drawn_bytes(64, HEADS, 20), rel=0.02)

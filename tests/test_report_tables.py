@@ -401,3 +401,14 @@ def test_rows_that_differ_in_the_term_alone_are_preferred(tmp_path):
         sample.done(row, RTE, change=terms)
     found = [(row["without"], row["with"]) for row in as_dicts(tables_of(sample)["theory"])]
     assert found == [("no b_k", "all"), ("no b_v", "all")]
+
+
+def test_what_the_paper_prints_as_equal_has_no_order(tmp_path):
+    """RTE: 65.4 with b_m2 alone and with b_q alone."""
+    sample = Sample(tmp_path, rows=["b_m2", "b_q"], tasks=["rte"])
+    sample.done("b_m2", RTE)
+    sample.done("b_q", RTE, skill=0.6)
+    assert words_of(sample)["order"].endswith("The paper's order: b_m2 65.4 = b_q 65.4.")
+    sample.done("BitFit", RTE, skill=0.9)
+    said = words_of(sample)["order"]
+    assert "The paper's order: BitFit 76.5 > b_m2 65.4 = b_q 65.4. The same order." in said

@@ -4,11 +4,14 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
+from filelock import FileLock
 from serving import DummyEngine
 from tiny import make_task
 
 from bitfit.errors import UnknownTask
+from bitfit.serve import uploads
 from bitfit.serve.engine import Engine, Item
+from bitfit.serve.failures import FolderBusy, from_error
 from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.shelf import FINGERPRINT, Shelf
@@ -187,3 +190,19 @@ def test_files_replaced_in_the_folder_keep_their_numbers_over_a_restart(run):
 
     run(fill)
     run(begin_again)
+
+
+def test_a_change_while_another_server_keeps_changing_is_put_off_and_not_failed(run, monkeypatch):
+    monkeypatch.setattr(uploads, "LOCK_SECONDS", 0.05)
+
+    async def check(server):
+        with FileLock(Uploads(run.folder).directory / "lock"), pytest.raises(FolderBusy) as found:
+            await server.put("m", run.files[0].to_bytes())
+        refused = from_error(found.value)
+        assert (refused.status, refused.code) == (503, "folder_busy")
+        assert refused.headers == {"Retry-After": "1"}
+        assert states(server) == [[]]
+        await server.put("m", run.files[0].to_bytes())
+        assert states(server) == [[("m", 1, run.seals[0], False)]]
+
+    run(check, count=1)

@@ -180,6 +180,18 @@ class JointDropout:
         return flat.view(torch.int16)
 
 
+def drawn_bytes(hidden: int, heads: int, length: int) -> int:
+    """Return about how many bytes a token's random bits take, drawn ahead as they are.
+
+    Args:
+        hidden: the length of a hidden state.
+        heads: of the attention.
+        length: of the longest sequence, in tokens.
+    """
+    bits = SITES_AHEAD * hidden + LAYERS_AHEAD * heads * length
+    return bits * 2 + LAYERS_AHEAD * heads * 8  # and where each row of scores has its own
+
+
 def _whole_words(size: int) -> int:
     """Round up to what fills words of 64 bits."""
     return -(-size // 4) * 4

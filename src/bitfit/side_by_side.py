@@ -15,7 +15,7 @@ from bitfit.batches import Batch, upload
 # What a group costs beside its scores, counted in scores of one head: its calls. And what a row of
 # scores costs beside them: it is gathered, multiplied and put back. Measured on a CPU; they choose
 # the groups, and no result depends on them.
-GROUP_COST = 16_000
+GROUP_COST = 30_000
 ROW_COST = 24
 
 
@@ -62,6 +62,11 @@ class SideBySide:
         self._rows = rows[0] if len(rows) == 1 else torch.cat(rows)
         """``(R,)``: which row of ``(T * heads, ...)`` stands at each place of the rectangles."""
         self._corners = upload(torch.from_numpy(corners), self._rows.device)
+        self._stacks = [(group.sequences * heads, group.width) for group in self.groups]
+        self._row_counts = [count * width for count, width in self._stacks]
+        self._score_counts = [count * width * width for count, width in self._stacks]
+        self.scores = sum(self._score_counts)
+        """How many scores there are, padding included."""
         self._score_masks: dict[torch.dtype, list[Tensor | None]] = {}
 
     def _gather(self, group: Sequence[int] | None, width: int) -> tuple[Tensor, Tensor]:
@@ -86,11 +91,6 @@ class SideBySide:
         places: Tensor = begin + heads * width + self.batch.positions[:, None]
         return places.flatten()
 
-    @property
-    def scores(self) -> int:
-        """How many scores there are, padding included."""
-        return sum(group.sequences * group.width**2 for group in self.groups) * self.heads
-
     def lay(self, x: Tensor) -> Tensor:
         """``(T, heads, d)`` packed -> ``(R, d)``, the rectangles end to end."""
         return x.reshape(-1, x.shape[-1]).index_select(0, self._rows)
@@ -101,15 +101,17 @@ class SideBySide:
 
     def split_rows(self, x: Tensor) -> list[Tensor]:
         """``(R, d)`` -> for each group its rectangle, ``(sequences * heads, width, d)``."""
-        stacks = [(group.sequences * self.heads, group.width) for group in self.groups]
-        parts = x.split([count * width for count, width in stacks])
-        return [part.view(*stack, -1) for part, stack in zip(parts, stacks, strict=True)]
+        if len(self.groups) == 1:
+            return [x.view(*self._stacks[0], -1)]
+        parts = x.split(self._row_counts)
+        return [part.view(*stack, -1) for part, stack in zip(parts, self._stacks, strict=True)]
 
     def split_scores(self, x: Tensor) -> list[Tensor]:
         """``(scores,)`` -> for each group its squares, ``(sequences * heads, width, width)``."""
-        stacks = [(g.sequences * self.heads, g.width, g.width) for g in self.groups]
-        parts = x.split([count * width * width for count, width, _ in stacks])
-        return [part.view(stack) for part, stack in zip(parts, stacks, strict=True)]
+        if len(self.groups) == 1:
+            return [x.view(*self._stacks[0], -1)]
+        parts = x.split(self._score_counts)
+        return [part.view(*stack, -1) for part, stack in zip(parts, self._stacks, strict=True)]
 
     def score_masks(self, dtype: torch.dtype) -> list[Tensor | None]:
         """For each group ``(sequences * heads, 1, width)``: the least number at the padding.

@@ -21,8 +21,15 @@ CODES = {
     415: "wrong_type", 422: "bad_input", 429: "queue_full", 500: "internal",
     503: "unavailable", 504: "deadline",
 }  # fmt: skip
+
+
+class FolderBusy(BitfitError):
+    """Other servers kept changing the tasks of a folder for as long as one waits."""
+
+
 # The first that an error is an instance of: status and code.
 _OF_ERRORS: tuple[tuple[type[BitfitError], int, str], ...] = (
+    (FolderBusy, 503, "folder_busy"),
     (UnknownTask, 404, "unknown_task"),
     (WrongBase, 409, "wrong_base"),
     (WrongTokenizer, 409, "wrong_tokenizer"),
@@ -85,4 +92,5 @@ def closing() -> RequestFailed:
 def from_error(error: BitfitError) -> RequestFailed:
     """Return what a request is answered with where ``error`` stopped it."""
     status, code = next((s, c) for kind, s, c in _OF_ERRORS if isinstance(error, kind))
-    return RequestFailed(status, str(error), code=code)
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return RequestFailed(status, str(error), code=code, headers=headers)

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from bitfit.errors import BitfitError
 from bitfit.identity import is_sha256
+from bitfit.serve.failures import FolderBusy
 from bitfit.storage import atomic_write, dump_json, parse_json
 from bitfit.taskfile import TaskFile
 
@@ -212,13 +213,17 @@ class Uploads:
         """Return a context in which no other server changes anything; within another it is none.
 
         Raises:
-            BitfitError: another server holds it for long, or it cannot be written.
+            FolderBusy: other servers hold it for long.
+            BitfitError: it cannot be written.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
-            raise BitfitError(f"{self.directory}: locked by another server; try again") from None
+            raise FolderBusy(
+                f"{self.directory}: another server has been changing tasks for {LOCK_SECONDS:g} s; "
+                "try again"
+            ) from None
         except OSError as error:
             raise BitfitError(
                 f"{self.directory}: cannot be written: {error.strerror or error}"

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from scipy.stats import kendalltau
 
@@ -178,13 +178,19 @@ def _beside_the_paper(
     theirs = {x: found for x, found in printed.items() if found is not None}
     if len(theirs) < 2:
         return ""
-    order = " > ".join(f"{x.row} {theirs[x]:.1f}" for x in sorted(theirs, key=lambda x: -theirs[x]))
+    best_first = sorted(theirs, key=lambda x: -theirs[x])
+    order = f"{best_first[0].row} {theirs[best_first[0]]:.1f}"
+    for before, line in pairwise(best_first):
+        sign = "=" if theirs[before] == theirs[line] else ">"
+        order += f" {sign} {line.row} {theirs[line]:.1f}"
     swapped = [
         (a, b) for a, b in combinations(theirs, 2)
         if (means[a] - means[b]) * (theirs[a] - theirs[b]) < 0
     ]  # fmt: skip
     tau = kendalltau([means[x] for x in theirs], list(theirs.values())).statistic
     sentence = f" The paper's order: {order}."
+    if len(set(theirs.values())) == 1:
+        return sentence  # no order to confirm
     if not swapped:
         return f"{sentence} The same order."
     pairs = "; ".join(_pair(results, words, a, b, task) for a, b in swapped)
