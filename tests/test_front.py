@@ -209,6 +209,9 @@ def test_without_any_replica_requests_are_refused_and_changes_are_not_said_to_be
         response = await site.predict()
         assert (response.status_code, error_of(response)["code"]) == (503, "no_replica")
         assert response.headers["retry-after"] == "5"
+        metrics = (await site.client.get("/metrics")).text
+        counted = 'bitfit_refused_requests_total{reason="no_replica",replica="front"} 1.0'
+        assert counted in metrics.splitlines()
         stats = (await site.client.get("/v1/stats")).json()
         assert [one["ready"] for one in stats["replicas"]] == [False, False]
 
@@ -410,6 +413,8 @@ def test_a_replica_that_hangs_costs_its_requests_their_deadline_and_no_more(run,
         response = await site.predict(deadline_ms=50)
         assert (response.status_code, error_of(response)["code"]) == (504, "deadline")
         assert [link.open for link in site.front.links] == [0, 0]
+        own = site.front.metrics.registry
+        assert own.get_sample_value("bitfit_refused_requests_total", {"reason": "deadline"}) == 1
 
     run(check)
 

@@ -396,7 +396,12 @@ class Front:
                     "predict", list(items), weight=len(items), until=until
                 )
         except TimeoutError:
+            self.metrics.refused("deadline")
             raise RequestFailed(504, "its replica did not answer by its deadline") from None
+        except RequestFailed as failed:
+            if failed.code in ("no_replica", "lost"):  # what a replica refused, it counts itself
+                self.metrics.refused(failed.code)
+            raise
         self.metrics.predicted(loop.time() - began, [(outcome(one)[0], None) for one in found])
         return found
 
@@ -549,7 +554,9 @@ def _replica_json(link: Link, stats: dict[str, Any] | None) -> dict[str, Any]:
 
 def _is_own(name: str) -> bool:
     """Whether a metric is this process' own, and not one that the replicas count."""
-    return name.startswith(("bitfit_http_", "bitfit_replica", "bitfit_retried_", "process_"))
+    return name.startswith(
+        ("bitfit_http_", "bitfit_refused_", "bitfit_replica", "bitfit_retried_", "process_")
+    )
 
 
 class _Labelled(Collector):
