@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -23,9 +24,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bitfit import attention, dropout, side_by_side
+from bitfit.batches import Batch
 from bitfit.bench import ours
 from bitfit.bench.work import Table, choose_sources, make_table, read_source
-from bitfit.dropout import Draw
+from bitfit.dropout import Draw, StepDropout
 from bitfit.encoder import open_encoder
 from bitfit.side_by_side import SideBySide
 from bitfit.training import train
@@ -48,12 +50,17 @@ def attention_by_autograd(
     q: Tensor, k: Tensor, v: Tensor, layout: SideBySide, scaling: float, draw: Draw
 ) -> Tensor:
     """What ``_DroppedAttention`` took the place of: the same with autograd's own backward."""
-    laid = [layout.split_rows(layout.lay(x)) for x in (q, k, v)]
-    contexts = []
-    for *qkv, mask in zip(*laid, layout.score_masks(q.dtype), strict=True):
-        scores = torch.matmul(qkv[0] * scaling, qkv[1].mT)
-        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-        contexts.append(torch.matmul(weights * draw(weights), qkv[2]).flatten(0, 1))
+    rows = [layout.split_rows(layout.lay(x)) for x in (q, k, v)]
+    weights = []
+    for q_, k_, mask in zip(*rows[:2], layout.score_masks(q.dtype), strict=True):
+        scores = torch.matmul(q_ * scaling, k_.mT)
+        weights.append(torch.softmax(scores if mask is None else scores + mask, dim=-1).flatten())
+    dropped = torch.cat(weights)
+    dropped = dropped * draw(dropped)
+    contexts = [
+        torch.matmul(kept, v_).flatten(0, 1)
+        for kept, v_ in zip(layout.split_scores(dropped), rows[2], strict=True)
+    ]
     return layout.take(torch.cat(contexts))
 
 
@@ -64,6 +71,16 @@ def all_padded_to_the_longest() -> Any:
         return [list(range(len(sizes)))]
 
     return patch.object(side_by_side, "group_by_length", one_group)
+
+
+def attention_lane_by_lane(
+    masks: StepDropout, batch: Batch, heads: int, rate: float
+) -> list[tuple[SideBySide, Draw]]:
+    """Attention of each lane's batch by itself."""
+    return [
+        (side_by_side.side_by_side(own, heads), partial(run.scale, rate=rate))
+        for run, own in zip(masks.runs, masks.batches, strict=True)
+    ]
 
 
 def masks_of_bools(bits: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
@@ -83,6 +100,9 @@ ALTERNATIVES: dict[str, Callable[[], Any]] = {
         attention._DroppedAttention, "apply", attention_by_autograd
     ),
     "attention padded to the longest of the batch": all_padded_to_the_longest,
+    "attention lane by lane": lambda: patch.object(
+        StepDropout, "attention", attention_lane_by_lane
+    ),
     "dropout masks by way of bools": lambda: patch.object(dropout, "factors", masks_of_bools),
     "attention and dropout of all lanes at once, as on a GPU": lambda: patch.object(
         train, "draws_jointly", lambda device: True

@@ -34,8 +34,8 @@ def packed_attention(
     """Return the attention of each sequence over itself, ``(1, T, heads, head_dim)``.
 
     Projections, norms and the MLP see packed tokens; only here are sequences laid side by side.
-    With dropout each run's sequences are by themselves on a CPU, in the shape that they have when
-    the run is alone, and all together on a GPU.
+    Those of runs that train side by side go together, or run by run where their rates of dropout on
+    probabilities differ.
     """
     if others.get("sliding_window") is not None:
         raise ValueError("packed attention sees whole sequences; this model attends in windows")

@@ -42,10 +42,32 @@ class DropoutBits:
 
     def scale(self, x: Tensor, rate: float) -> Tensor:
         """Return a factor per element of ``x``: 0 with probability ``rate``, else 1/(1 - rate)."""
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+        bits = draw_bits([self], [x.numel()], x.device)[: x.numel()]
+        return factors(bits.view(x.shape), rate, x.dtype)
+
+
+def draw_bits(
+    runs: Sequence[DropoutBits], sizes: Sequence[int], device: torch.device, spare: int = 0
+) -> Tensor:
+    """Return 16 random bits an element: each run's own, each stretch in whole words of 64 bits.
+
+    Args:
+        runs: who draw, in their order.
+        sizes: how many elements each draws for.
+        device: where.
+        spare: how many more there are at the end, of any value.
+    """
+    words = [whole_words(size) // 4 for size in (*sizes, spare)]
+    flat = torch.empty(sum(words), dtype=torch.int64, device=device)
+    for run, stretch in zip(runs, flat.split(words), strict=False):
         # The whole range: without bounds the sign bit is always 0 and every fourth draw biased.
-        words.random_(-(2**63), None, generator=self.generator)
-        return factors(words.view(torch.int16)[: x.numel()].view(x.shape), rate, x.dtype)
+        stretch.random_(-(2**63), None, generator=run.generator)
+    return flat.view(torch.int16)
+
+
+def whole_words(size: int) -> int:
+    """Round a number of elements of 16 bits up to what fills words of 64 bits."""
+    return -(-size // 4) * 4
 
 
 def factors(bits: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
@@ -69,58 +91,80 @@ class StepDropout:
     """
 
     def __init__(self, parts: Sequence[tuple[DropoutBits, Batch]]) -> None:
-        self.parts = list(parts)
+        self.runs = [bits for bits, _ in parts]
+        self.batches = [batch for _, batch in parts]
+        self._score_rows: dict[int, list[Tensor]] = {}
 
     @property
     def seed(self) -> int:
         """A seed for generators that are not ours; it is the first run's."""
-        return self.parts[0][0].seed
+        return self.runs[0].seed
 
     def places(self) -> list[Tensor]:
         """Return where each run's random bits are, for :meth:`move_to`."""
-        return [bits.generator.get_state() for bits, _ in self.parts]
+        return [run.generator.get_state() for run in self.runs]
 
     def move_to(self, places: Sequence[Tensor]) -> None:
         """Take the random bits back, or on, to where they were: the same masks are drawn again."""
-        for (bits, _), place in zip(self.parts, places, strict=True):
-            bits.generator.set_state(place)
+        for run, place in zip(self.runs, places, strict=True):
+            run.generator.set_state(place)
 
     def attention(self, batch: Batch, heads: int, rate: float) -> list[tuple[SideBySide, Draw]]:
         """Return in which parts attention goes over a batch, and how each draws for its scores.
 
-        Empty where nothing is dropped.
+        All runs together where they have one rate. Empty where nothing is dropped.
 
         Args:
             batch: the sequences of all runs.
             heads: of the attention.
             rate: the base's; a run may have its own.
         """
-        rates = attention_rates([bits for bits, _ in self.parts], rate)
+        rates = attention_rates(self.runs, rate)
         if not any(rates):
             return []
+        if len(rates) > 1 and len(set(rates)) == 1:
+            whole = side_by_side(batch, heads)
+            return [(whole, partial(self._scale_scores, whole=whole, rate=rates[0]))]
         return [
-            (side_by_side(own, heads), partial(bits.scale, rate=its))
-            for (bits, own), its in zip(self.parts, rates, strict=True)
+            (side_by_side(own, heads), partial(run.scale, rate=its))
+            for run, own, its in zip(self.runs, self.batches, rates, strict=True)
         ]
+
+    def _scale_scores(self, weights: Tensor, whole: SideBySide, rate: float) -> Tensor:
+        """Return factors for the scores of all runs, from the bits that each draws when alone."""
+        parts = [side_by_side(own, whole.heads) for own in self.batches]
+        sizes = [part.scores for part in parts]
+        spare = max(group.width for group in whole.groups)
+        drawn = draw_bits(self.runs, sizes, weights.device, spare)
+        if whole.heads not in self._score_rows:
+            begins = np.cumsum([0, *(whole_words(size) for size in sizes[:-1])]).tolist()
+            self._score_rows[whole.heads] = whole.rows_in(parts, begins)
+        bits = torch.empty(weights.shape, dtype=drawn.dtype, device=drawn.device)
+        for own, rows in zip(whole.split_scores(bits), self._score_rows[whole.heads], strict=True):
+            # Every stretch of the bits as a row of its own, so that one gather takes those wanted.
+            width = own.shape[-1]
+            stretches = drawn.as_strided((len(drawn) - width + 1, width), (1, 1))
+            torch.index_select(stretches, 0, rows, out=own.view(-1, width))
+        return factors(bits, rate, weights.dtype)
 
     def drop(self, x: Tensor, rate: float) -> Tensor:
         """Return ``x`` ``(1, T, d)``, or of any shape where there is one run, partly dropped."""
-        if len(self.parts) == 1:
-            return x * self.parts[0][0].scale(x, rate)
-        factor, begin = torch.empty_like(x), 0
-        for bits, batch in self.parts:
-            own = slice(begin, begin + len(batch.input_ids))
-            factor[:, own] = bits.scale(x[:, own], rate)
-            begin = own.stop
-        return x * factor
+        if len(self.runs) == 1:
+            return x * self.runs[0].scale(x, rate)
+        sizes = [len(batch.input_ids) * x.shape[-1] for batch in self.batches]
+        bits = draw_bits(self.runs, sizes, x.device)
+        if len(bits) > x.numel():  # stretches that end within a word
+            stretches = bits.split([whole_words(size) for size in sizes])
+            bits = torch.cat([s[:size] for s, size in zip(stretches, sizes, strict=True)])
+        return x * factors(bits.view(x.shape), rate, x.dtype)
 
     def head(self, runs: Sequence[int], rate: float) -> Draw:
         """Return how the heads of some runs draw for their vectors ``(runs, N, d)``, in turn."""
 
         def draw(x: Tensor) -> Tensor:
             if x.ndim == 2:
-                return self.parts[runs[0]][0].scale(x, rate)
-            drawn = [self.parts[run][0].scale(own, rate) for run, own in zip(runs, x, strict=True)]
+                return self.runs[runs[0]].scale(x, rate)
+            drawn = [self.runs[run].scale(own, rate) for run, own in zip(runs, x, strict=True)]
             return torch.stack(drawn)
 
         return draw

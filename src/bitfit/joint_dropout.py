@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitfit.batches import Batch, upload
-from bitfit.dropout import Draw, DropoutBits, attention_rates, factors
+from bitfit.dropout import Draw, DropoutBits, attention_rates, factors, whole_words
 from bitfit.side_by_side import SideBySide, side_by_side
 
 # How many sites (hidden states) and layers (attention) one call draws for. They are part of what a
@@ -69,7 +69,7 @@ class JointDropout:
         """Return ``x`` ``(1, T, d)`` partly dropped."""
         width, place = x.shape[-1], self._hidden
         if place.used + width > place.size:
-            place = _Place(place.block + 1, _whole_words(SITES_AHEAD * width))
+            place = _Place(place.block + 1, whole_words(SITES_AHEAD * width))
         block = self._block(_HIDDEN, place.block, [t * place.size for t in self._tokens])
         bits = block.view(-1, place.size)[:, place.used : place.used + width]
         self._hidden = _Place(place.block, place.size, place.used + width)
@@ -89,7 +89,7 @@ class JointDropout:
 
         def draw(x: Tensor) -> Tensor:
             nonlocal turn
-            size = _whole_words(x[0].numel() if x.ndim == 3 else x.numel())
+            size = whole_words(x[0].numel() if x.ndim == 3 else x.numel())
             flat = self._draw(_HEAD, turn, dict.fromkeys(runs, size))
             turn += 1
             bits = flat.view(len(runs), size)[:, : x.numel() // len(runs)].reshape(x.shape)
@@ -104,7 +104,7 @@ class JointDropout:
         place = self._attention
         if place.used == place.size:
             place = _Place(place.block + 1, LAYERS_AHEAD)
-        sizes = [_whole_words(LAYERS_AHEAD * n) for n in self._scores(heads)]
+        sizes = [whole_words(LAYERS_AHEAD * n) for n in self._scores(heads)]
         block = self._block(_ATTENTION, place.block, sizes, spare=longest)
         self._attention = _Place(place.block, place.size, place.used + 1)
         starts = self._score_rows(layout.batch, heads)[place.used]
@@ -140,7 +140,7 @@ class JointDropout:
                 width = max(lengths)
                 first = np.cumsum([0, *lengths[:-1]]) * heads * width + begin
                 columns += [(start, width, size) for start in first.tolist()]
-                begin += _whole_words(LAYERS_AHEAD * size)
+                begin += whole_words(LAYERS_AHEAD * size)
             table = upload(torch.tensor(columns).t().contiguous(), self.device)
             start, width, size = table[:, None, :, None, None]  # (1, B, 1, 1) each
             layer, head, token = (
@@ -190,8 +190,3 @@ def drawn_bytes(hidden: int, heads: int, length: int) -> int:
     """
     bits = SITES_AHEAD * hidden + LAYERS_AHEAD * heads * length
     return bits * 2 + LAYERS_AHEAD * heads * 8  # and where each row of scores has its own
-
-
-def _whole_words(size: int) -> int:
-    """Round up to what fills words of 64 bits."""
-    return -(-size // 4) * 4

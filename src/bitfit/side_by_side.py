@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bitfit.batches import Batch, upload
@@ -23,10 +24,16 @@ ROW_COST = 24
 class Group:
     """Some sequences of a batch, padded to the longest of them."""
 
-    sequences: int
+    members: Sequence[int]
+    """Which sequences, in their order in the rectangle."""
     width: int
     mask: Tensor | None
     """``(sequences, width)``: true where there is a token; None: everywhere."""
+
+    @property
+    def sequences(self) -> int:
+        """How many there are."""
+        return len(self.members)
 
 
 class SideBySide:
@@ -58,7 +65,7 @@ class SideBySide:
             index, mask = self._gather(group if len(members) > 1 else None, width)
             rows.append(index)
             even = all(sizes[i] == width for i in group)
-            self.groups.append(Group(len(group), width, None if even else mask))
+            self.groups.append(Group(group, width, None if even else mask))
         self._rows = rows[0] if len(rows) == 1 else torch.cat(rows)
         """``(R,)``: which row of ``(T * heads, ...)`` stands at each place of the rectangles."""
         self._corners = upload(torch.from_numpy(corners), self._rows.device)
@@ -112,6 +119,39 @@ class SideBySide:
             return [x.view(*self._stacks[0], -1)]
         parts = x.split(self._score_counts)
         return [part.view(*stack, -1) for part, stack in zip(parts, self._stacks, strict=True)]
+
+    def rows_in(self, parts: Sequence[SideBySide], begins: Sequence[int]) -> list[Tensor]:
+        """Return where each row of this batch's scores begins among the scores of its parts.
+
+        For each group ``(sequences * heads * width,)``. A row's scores are there from its beginning
+        on; past the end of its sequence stands something else.
+
+        Args:
+            parts: the same sequences in several batches, in the same order; on a CPU.
+            begins: where each part's scores begin.
+        """
+        corners = np.concatenate([part._score_corners for part in parts], axis=1)
+        corners[0] += np.repeat(begins, [len(part.batch.features) for part in parts])
+        rows = []
+        for group in self.groups:
+            begin, width = corners[:, group.members][..., None, None]  # (sequences, 1, 1) each
+            heads = np.arange(self.heads)[:, None]
+            # Rows of the padding begin where the last of the sequence does: nobody reads them.
+            tokens = np.minimum(np.arange(group.width), width - 1)
+            rows.append(torch.from_numpy((begin + (heads * width + tokens) * width).ravel()))
+        return rows
+
+    @cached_property
+    def _score_corners(self) -> NDArray[np.int64]:
+        """``(2, B)``: where each sequence's scores begin, and how wide they are."""
+        corners = np.empty((2, len(self.batch.features)), dtype=np.int64)
+        begin = 0
+        for group in self.groups:
+            size = self.heads * group.width**2
+            corners[0, group.members] = begin + np.arange(group.sequences) * size
+            corners[1, group.members] = group.width
+            begin += group.sequences * size
+        return corners
 
     def score_masks(self, dtype: torch.dtype) -> list[Tensor | None]:
         """For each group ``(sequences * heads, 1, width)``: the least number at the padding.
