@@ -112,3 +112,9 @@ def test_tasks_rows_and_limits_narrow_a_grid():
     assert [row.name for row in grid.rows] == ["BitFit", "Frozen"]
     with pytest.raises(UsageError, match=r"unknown row 'Bitfit'\. Did you mean 'BitFit'"):
         grid.only(rows=["Bitfit"])
+
+
+def test_a_limit_of_a_task_that_does_not_run_is_refused_by_name():
+    with pytest.raises(UsageError) as found:
+        builtin_grid("table3").only(tasks=["rte"], limits={"": 100, "sst2": 5000})
+    assert str(found.value) == "unknown task in the limits 'sst2'. Known: rte"

@@ -182,8 +182,8 @@ class Grid:
             found = tuple(known.get(name) or grid_task(name) for name in tasks)
             grid = dataclasses.replace(grid, tasks=found)
         if limits:
-            for name in limits:
-                _one_of("task", name, ("", *(task.name for task in grid.tasks)))
+            for name in filter(None, limits):  # "" is every task
+                _one_of("task in the limits", name, [task.name for task in grid.tasks])
             limited = tuple(
                 dataclasses.replace(task, limit=limits.get(task.name, limits.get("", task.limit)))
                 for task in grid.tasks
