@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -121,6 +124,19 @@ def test_every_layer_gets_the_same_groups():
     batch = make_batch([3, 7])
     assert side_by_side(batch, 2) is side_by_side(batch, 2)
     assert side_by_side(batch, 2) is not side_by_side(batch, 4)
+
+
+def test_a_batch_is_gone_with_its_last_name():
+    """Without a garbage collection: tensors that wait for one would pile up under load."""
+    batch = make_batch([3, 7])
+    side_by_side(batch, 2).places  # noqa: B018
+    kept = weakref.ref(batch)
+    gc.disable()
+    try:
+        del batch
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 2], [2, 2], [1, 3, 1, 3]])

@@ -41,7 +41,7 @@ def factors_of_each(masks, batch, rate):
         for group, squares in zip(layout.groups, drawn, strict=True):
             split = squares.view(group.sequences, HEADS, group.width, group.width)
             for sequence, square in zip(group.members, split, strict=True):
-                length = len(layout.batch.features[sequence])
+                length = layout.lengths[sequence]
                 own[sequence] = square[:, :length, :length]
         found += [own[sequence] for sequence in sorted(own)]
     return found

@@ -70,7 +70,7 @@ def test_the_masks_of_a_run_do_not_depend_on_its_neighbours(runs, sites, layers)
 @given(runs=RUNS)
 def test_no_bit_of_attention_is_used_twice_and_all_are_of_the_runs_own_stretch(runs):
     masks, batch = joint(runs)
-    rows = masks._score_rows(batch, HEADS).view(LAYERS_AHEAD, -1, HEADS, batch.max_length)
+    rows = masks._score_rows(batch.max_length, HEADS).view(LAYERS_AHEAD, -1, HEADS, batch.max_length)
     used, begin, sequence = [], 0, 0
     for lengths in runs:
         own = []

@@ -49,7 +49,7 @@ def packed_attention(
     if len(parts) == 1:
         own: Iterable[Sequence[Tensor]] = [(q, k, v)]
     else:
-        counts = [len(layout.batch.input_ids) for layout, _ in parts]
+        counts = [layout.tokens for layout, _ in parts]
         # A split and not slices: the backward of each slice writes zeros for all other runs.
         own = zip(*(x.split(counts) for x in (q, k, v)), strict=True)
     contexts = [

@@ -107,7 +107,7 @@ class JointDropout:
         sizes = [whole_words(LAYERS_AHEAD * n) for n in self._scores(heads)]
         block = self._block(_ATTENTION, place.block, sizes, spare=longest)
         self._attention = _Place(place.block, place.size, place.used + 1)
-        starts = self._score_rows(layout.batch, heads)[place.used]
+        starts = self._score_rows(longest, heads)[place.used]
         # Every stretch of the block as a row of its own, so that one gather takes those wanted.
         # Past a sequence's end there are bits of others, for weights that the mask makes zero.
         rows = block.as_strided((len(block) - longest + 1, longest), (1, 1))
@@ -132,7 +132,7 @@ class JointDropout:
             for tokens, lengths in zip(self._tokens, self.lengths, strict=True)
         ]
 
-    def _score_rows(self, batch: Batch, heads: int) -> Tensor:
+    def _score_rows(self, longest: int, heads: int) -> Tensor:
         """Where in a block the bits of each row of scores begin, ``(layers, B * heads * L)``."""
         if self._rows is None:
             begin, columns = 0, []
@@ -148,7 +148,7 @@ class JointDropout:
                 for n, shape in (
                     (LAYERS_AHEAD, (-1, 1, 1, 1)),
                     (heads, (-1, 1)),
-                    (batch.max_length, (-1,)),
+                    (longest, (-1,)),
                 )
             )
             rows = start + layer * size + (token * heads + head) * width

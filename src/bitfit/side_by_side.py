@@ -51,8 +51,12 @@ class SideBySide:
     """
 
     def __init__(self, batch: Batch, heads: int, *, in_groups: bool) -> None:
-        self.batch, self.heads = batch, heads
-        sizes = [len(feature) for feature in batch.features]
+        # Not the batch itself, which keeps this: who waits for the garbage collector keeps tensors.
+        self.heads = heads
+        self.lengths = sizes = [len(feature) for feature in batch.features]
+        """Tokens of each sequence, in the order of the batch."""
+        self.tokens = len(batch.input_ids)
+        self._sequence_of_token, self._positions = batch.sequence_of_token, batch.positions
         members = group_by_length(sizes, heads) if in_groups else [list(range(len(sizes)))]
         self.groups: list[Group] = []
         rows, begin = [], 0
@@ -62,7 +66,7 @@ class SideBySide:
             corners[0, group] = begin + np.arange(len(group)) * heads * width
             corners[1, group] = width
             begin += len(group) * heads * width
-            index, mask = self._gather(group if len(members) > 1 else None, width)
+            index, mask = self._gather(batch, group if len(members) > 1 else None, width)
             rows.append(index)
             even = all(sizes[i] == width for i in group)
             self.groups.append(Group(group, width, None if even else mask))
@@ -76,9 +80,11 @@ class SideBySide:
         """How many scores there are, padding included."""
         self._score_masks: dict[torch.dtype, list[Tensor | None]] = {}
 
-    def _gather(self, group: Sequence[int] | None, width: int) -> tuple[Tensor, Tensor]:
+    def _gather(
+        self, batch: Batch, group: Sequence[int] | None, width: int
+    ) -> tuple[Tensor, Tensor]:
         """Return the rows of one rectangle and its mask; None: of all sequences."""
-        starts, lengths = self.batch.starts[:, None], self.batch.lengths[:, None]
+        starts, lengths = batch.starts[:, None], batch.lengths[:, None]
         if group is not None:
             chosen = upload(torch.tensor(group), starts.device)
             starts, lengths = starts[chosen], lengths[chosen]
@@ -93,9 +99,9 @@ class SideBySide:
     @cached_property
     def places(self) -> Tensor:
         """``(T * heads,)``: where each head of each token stands in the rectangles."""
-        begin, width = self._corners[:, self.batch.sequence_of_token, None]  # (T, 1) each
+        begin, width = self._corners[:, self._sequence_of_token, None]  # (T, 1) each
         heads = torch.arange(self.heads, device=self._corners.device)
-        places: Tensor = begin + heads * width + self.batch.positions[:, None]
+        places: Tensor = begin + heads * width + self._positions[:, None]
         return places.flatten()
 
     def lay(self, x: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ class SideBySide:
             begins: where each part's scores begin.
         """
         corners = np.concatenate([part._score_corners for part in parts], axis=1)
-        corners[0] += np.repeat(begins, [len(part.batch.features) for part in parts])
+        corners[0] += np.repeat(begins, [len(part.lengths) for part in parts])
         rows = []
         for group in self.groups:
             begin, width = corners[:, group.members][..., None, None]  # (sequences, 1, 1) each
@@ -144,7 +150,7 @@ class SideBySide:
     @cached_property
     def _score_corners(self) -> NDArray[np.int64]:
         """``(2, B)``: where each sequence's scores begin, and how wide they are."""
-        corners = np.empty((2, len(self.batch.features)), dtype=np.int64)
+        corners = np.empty((2, len(self.lengths)), dtype=np.int64)
         begin = 0
         for group in self.groups:
             size = self.heads * group.width**2
