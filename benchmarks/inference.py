@@ -14,20 +14,20 @@ import dataclasses
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from step import all_padded_to_the_longest
 from torch import Tensor
 
 import bitfit
-from bitfit import side_by_side
-from bitfit.bank import Layout
-from bitfit.batches import Batch, Feature, pack
+from bitfit.bank import Bank, Layout
+from bitfit.batches import Feature, pack
 from bitfit.bench.contenders import random_task
 from bitfit.bench.serve import make_plan
 from bitfit.bench.work import choose_sources, read_source
@@ -88,6 +88,11 @@ def show_operations(args: argparse.Namespace) -> None:
     rows, bias = torch.randn(32, 384), torch.randn(384)
     wide_rows, wide_bias = torch.randn(32, 1536), torch.randn(1536)
     weight, wide = torch.randn(384, 384), torch.randn(1536, 384)
+    encoder = open_encoder("minilm", "fp32", "cpu")
+    bank = Bank(Layout(encoder.sites), encoder.device)
+    for task in range(1000):
+        bank.add(str(task), torch.randn(bank.layout.n) * 0.01)
+    chosen, base = range(0, 1000, 32), encoder.biases(bank.layout)
 
     def stretch_by_stretch() -> None:
         for part, row in zip(y.split(lengths.tolist()), rows.unbind(0), strict=True):
@@ -101,6 +106,7 @@ def show_operations(args: argparse.Namespace) -> None:
         "rows added: gathered": lambda: y.add_(rows.index_select(0, index)),
         "rows added: stretch by stretch": stretch_by_stretch,
         "rows added: a product with ones": lambda: y.addmm_(ones, rows),
+        "biases of 32 of 1,000 tasks": lambda: bank.biases(chosen, base),
     }, 60)  # fmt: skip
     for name, seconds in took.items():
         print(f"{name:34} {1000 * seconds:6.2f} ms")
@@ -109,30 +115,26 @@ def show_operations(args: argparse.Namespace) -> None:
 def show_attention(args: argparse.Namespace) -> None:
     """A batch encoded with attention in groups of like length, and padded to its longest."""
     encoder = open_encoder("minilm", "fp32", "cpu")
-    made: dict[str, list[Batch]] = {}
+    made: dict[str, list[list[Feature]]] = {}
     for source in choose_sources(args.data, (), ("sst2", "mrpc"), ("intent",)):
-        _, features = read_source(encoder, source)
+        _, found = read_source(encoder, source)
         for count in (8, 32, 128):
             made[f"{count} of {source[0]}"] = [
-                pack(features[i * count : (i + 1) * count]) for i in range(ROUNDS + 1)
+                found[i * count : (i + 1) * count] for i in range(ROUNDS + 1)
             ]
-    ids = np.full(128, 1000)
-    long, short = (Feature(ids[:n], np.zeros(n, np.int64), 0) for n in (128, 15))
-    made["one of 128 tokens, 60 of 15"] = [pack([long, *[short] * 60]) for _ in range(ROUNDS + 1)]
+    long, short = (
+        Feature(np.full(n, 1000), np.zeros(n, dtype=np.int64), 0) for n in (128, 15)
+    )  # fmt: skip
+    made["one of 128 tokens, 60 of 15"] = [[long, *[short] * 60]] * (ROUNDS + 1)
 
-    def encode(batches: Iterator[Batch], chosen: Callable[..., list[list[int]]]) -> None:
-        with patch.object(side_by_side, "group_by_length", chosen):
-            encoder.encode(next(batches), {})
-
-    def padded(sizes: Sequence[int], heads: int) -> list[list[int]]:
-        return [list(range(len(sizes)))]
+    def encode(batches: Iterator[list[Feature]], form: Callable[[], Any]) -> None:
+        with form():
+            encoder.encode(pack(next(batches)), {})
 
     for title, batches in made.items():
-        groups = side_by_side.group_by_length
-        both = [iter([Batch(b.input_ids, b.token_type_ids, b.lengths, b.features) for b in batches])
-                for _ in range(2)]  # fmt: skip
         took = in_turns({
-            "groups": partial(encode, both[0], groups), "padded": partial(encode, both[1], padded),
+            "groups": partial(encode, iter(batches), nullcontext),
+            "padded": partial(encode, iter(batches), all_padded_to_the_longest),
         }, ROUNDS)  # fmt: skip
         grouped, one = (1000 * took[name] for name in ("groups", "padded"))
         print(f"{title:28} {grouped:7.1f} ms in groups, {one:7.1f} ms padded: {one / grouped:.2f}")

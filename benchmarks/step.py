@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -65,7 +64,7 @@ def attention_by_autograd(
 
 
 def all_padded_to_the_longest() -> Any:
-    """Attention of a run's batch as one rectangle."""
+    """Attention of a batch as one rectangle."""
 
     def one_group(sizes: Sequence[int], heads: int) -> list[list[int]]:
         return [list(range(len(sizes)))]
@@ -77,10 +76,7 @@ def attention_lane_by_lane(
     masks: StepDropout, batch: Batch, heads: int, rate: float
 ) -> list[tuple[SideBySide, Draw]]:
     """Attention of each lane's batch by itself."""
-    return [
-        (side_by_side.side_by_side(own, heads), partial(run.scale, rate=rate))
-        for run, own in zip(masks.runs, masks.batches, strict=True)
-    ]
+    return masks.run_by_run(heads, dropout.attention_rates(masks.runs, rate))
 
 
 def masks_of_bools(bits: Tensor, rate: float, dtype: torch.dtype) -> Tensor:

@@ -1,17 +1,16 @@
 import gc
 import weakref
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from packed import batch_of
 from torch.autograd import gradcheck
 
 from bitfit import side_by_side as groups
 from bitfit.attention import _attend, _DroppedAttention
-from bitfit.batches import Feature, pack
 from bitfit.dropout import DropoutBits
 from bitfit.side_by_side import SideBySide, group_by_length, side_by_side
 
@@ -25,12 +24,8 @@ def cheap_groups(monkeypatch):
     monkeypatch.setattr(groups, "GROUP_COST", 0)
 
 
-def make_batch(lengths):
-    return pack([Feature(np.arange(n), np.zeros(n, np.int64), i) for i, n in enumerate(lengths)])
-
-
 def make_layout(lengths, *, in_groups=True):
-    return SideBySide(make_batch(lengths), HEADS, in_groups=in_groups)
+    return SideBySide(batch_of(lengths), HEADS, in_groups=in_groups)
 
 
 def exact(tokens, seed):
@@ -121,14 +116,14 @@ def test_a_few_short_texts_are_one_group():
 
 
 def test_every_layer_gets_the_same_groups():
-    batch = make_batch([3, 7])
+    batch = batch_of([3, 7])
     assert side_by_side(batch, 2) is side_by_side(batch, 2)
     assert side_by_side(batch, 2) is not side_by_side(batch, 4)
 
 
 def test_a_batch_is_gone_with_its_last_name():
     """Without a garbage collection: tensors that wait for one would pile up under load."""
-    batch = make_batch([3, 7])
+    batch = batch_of([3, 7])
     side_by_side(batch, 2).places  # noqa: B018
     kept = weakref.ref(batch)
     gc.disable()

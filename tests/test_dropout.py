@@ -1,35 +1,23 @@
 """Dropout of several runs on a CPU: together they draw what each draws when it is alone."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from packed import parts_of
 
 from bitfit import side_by_side as groups
 from bitfit.attention import _DroppedAttention
-from bitfit.batches import Feature, pack
-from bitfit.dropout import DropoutBits, StepDropout
+from bitfit.dropout import StepDropout
 
-CPU = torch.device("cpu")
 HEADS = 2
 RUNS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=4)
 
 
-def batch_of(lengths):
-    ids = [np.ones(n, dtype=np.int64) for n in lengths]
-    return pack([Feature(i, np.zeros_like(i), 0) for i in ids])
-
-
 def masks_of(runs, rates=None, seeds=None):
     """Return the masks of runs, each a list of lengths, with the batch of all."""
-    parts = [
-        (DropoutBits(seed, 1, CPU, attention_rate=rate), batch_of(lengths))
-        for seed, lengths, rate in zip(
-            seeds or range(len(runs)), runs, rates or [None] * len(runs), strict=True
-        )
-    ]
-    return StepDropout(parts), batch_of([n for lengths in runs for n in lengths])
+    parts, batch = parts_of(runs, rates, seeds)
+    return StepDropout(parts), batch
 
 
 def factors_of_each(masks, batch, rate):

@@ -4,14 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import parts_of
 
-from bitfit.batches import Feature, pack
-from bitfit.dropout import DropoutBits
 from bitfit.joint_dropout import LAYERS_AHEAD, SITES_AHEAD, JointDropout, drawn_bytes
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -20,20 +18,10 @@ HEADS = 2
 RUNS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-def batch_of(lengths):
-    ids = [np.ones(n, dtype=np.int64) for n in lengths]
-    return pack([Feature(i, np.zeros_like(i), 0) for i in ids])
-
-
 def joint(runs, seeds=None, rates=None):
     """Return the masks of runs, each a list of lengths, with the batch of all."""
-    seeds = seeds or range(len(runs))
-    rates = rates or [None] * len(runs)
-    parts = [
-        (DropoutBits(seed, 1, CPU, attention_rate=rate), batch_of(lengths))
-        for seed, lengths, rate in zip(seeds, runs, rates, strict=True)
-    ]
-    return JointDropout(parts, CPU), batch_of([n for lengths in runs for n in lengths])
+    parts, batch = parts_of(runs, rates, seeds)
+    return JointDropout(parts, CPU), batch
 
 
 def hidden_mask(masks, tokens, width=6, rate=0.5):
@@ -70,7 +58,9 @@ def test_the_masks_of_a_run_do_not_depend_on_its_neighbours(runs, sites, layers)
 @given(runs=RUNS)
 def test_no_bit_of_attention_is_used_twice_and_all_are_of_the_runs_own_stretch(runs):
     masks, batch = joint(runs)
-    rows = masks._score_rows(batch.max_length, HEADS).view(LAYERS_AHEAD, -1, HEADS, batch.max_length)
+    rows = masks._score_rows(batch.max_length, HEADS).view(
+        LAYERS_AHEAD, -1, HEADS, batch.max_length
+    )
     used, begin, sequence = [], 0, 0
     for lengths in runs:
         own = []

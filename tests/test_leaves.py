@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from packed import batch_of
 from torch.autograd import gradcheck
 
 from bitfit.bank import Layout
-from bitfit.batches import Feature, pack
 from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.leaves import RowIndex, _AddByRow, _LinearByRow
 
@@ -15,17 +15,6 @@ INDEX = torch.tensor([0, 0, 2, 2, 2, 1, 1])
 def exact(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_(True)
-
-
-def make_batch(lengths):
-    import numpy as np
-
-    return pack([Feature(np.arange(n), np.zeros(n, np.int64), i) for i, n in enumerate(lengths)])
-
-
-def same_bits(seed, rate):
-    """Dropout bits that are drawn once, so that a function of them can be differentiated."""
-    return lambda x: DropoutBits(seed, 1, x.device).scale(x, rate)
 
 
 def test_the_gradient_of_a_linear_by_row_is_exact():
@@ -81,7 +70,7 @@ def test_no_gradient_goes_below_the_lowest_trained_term(open_tiny):
     """Nothing of the layers below is kept for the backward pass."""
     encoder = open_tiny()
     layout = Layout(tuple(s for s in encoder.sites if s.label == "intermediate@1"))
-    batch = make_batch([4, 3])
+    batch = batch_of([4, 3])
     seen = {}
     for number, layer in enumerate(encoder.model.encoder.layer):
         layer.register_forward_hook(

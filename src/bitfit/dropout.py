@@ -65,6 +65,11 @@ def draw_bits(
     return flat.view(torch.int16)
 
 
+def stretches(bits: Tensor, width: int) -> Tensor:
+    """Return every stretch of ``width`` bits as a row, so that one gather takes those wanted."""
+    return bits.as_strided((len(bits) - width + 1, width), (1, 1))
+
+
 def whole_words(size: int) -> int:
     """Round a number of elements of 16 bits up to what fills words of 64 bits."""
     return -(-size // 4) * 4
@@ -74,7 +79,7 @@ def factors(bits: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
     """Return a factor per element from its 16 random ``bits``."""
     dropped = round(rate * 65536)
     factor = torch.empty(bits.shape, dtype=dtype, device=bits.device)
-    # Compared straight into the type it is used in: a third of the time of a mask of bools first.
+    # Compared straight into the type it is used in: no mask of bools is made first.
     torch.ge(bits, dropped - 32768, out=factor)
     return factor.mul_(65536 / (65536 - dropped))
 
@@ -125,9 +130,13 @@ class StepDropout:
         if len(rates) > 1 and len(set(rates)) == 1:
             whole = side_by_side(batch, heads)
             return [(whole, partial(self._scale_scores, whole=whole, rate=rates[0]))]
+        return self.run_by_run(heads, rates)
+
+    def run_by_run(self, heads: int, rates: Sequence[float]) -> list[tuple[SideBySide, Draw]]:
+        """Return that attention goes over each run's batch by itself, and how each draws."""
         return [
-            (side_by_side(own, heads), partial(run.scale, rate=its))
-            for run, own, its in zip(self.runs, self.batches, rates, strict=True)
+            (side_by_side(own, heads), partial(run.scale, rate=rate))
+            for run, own, rate in zip(self.runs, self.batches, rates, strict=True)
         ]
 
     def _scale_scores(self, weights: Tensor, whole: SideBySide, rate: float) -> Tensor:
@@ -141,10 +150,9 @@ class StepDropout:
             self._score_rows[whole.heads] = whole.rows_in(parts, begins)
         bits = torch.empty(weights.shape, dtype=drawn.dtype, device=drawn.device)
         for own, rows in zip(whole.split_scores(bits), self._score_rows[whole.heads], strict=True):
-            # Every stretch of the bits as a row of its own, so that one gather takes those wanted.
+            # Past a sequence's end there are bits of others, for weights that the mask makes zero.
             width = own.shape[-1]
-            stretches = drawn.as_strided((len(drawn) - width + 1, width), (1, 1))
-            torch.index_select(stretches, 0, rows, out=own.view(-1, width))
+            torch.index_select(stretches(drawn, width), 0, rows, out=own.view(-1, width))
         return factors(bits, rate, weights.dtype)
 
     def drop(self, x: Tensor, rate: float) -> Tensor:
@@ -154,8 +162,8 @@ class StepDropout:
         sizes = [len(batch.input_ids) * x.shape[-1] for batch in self.batches]
         bits = draw_bits(self.runs, sizes, x.device)
         if len(bits) > x.numel():  # stretches that end within a word
-            stretches = bits.split([whole_words(size) for size in sizes])
-            bits = torch.cat([s[:size] for s, size in zip(stretches, sizes, strict=True)])
+            drawn = bits.split([whole_words(size) for size in sizes])
+            bits = torch.cat([own[:size] for own, size in zip(drawn, sizes, strict=True)])
         return x * factors(bits.view(x.shape), rate, x.dtype)
 
     def head(self, runs: Sequence[int], rate: float) -> Draw:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from bitfit.batches import Batch, upload
-from bitfit.dropout import Draw, DropoutBits, attention_rates, factors, whole_words
+from bitfit.dropout import (
+    Draw,
+    DropoutBits,
+    attention_rates,
+    draw_bits,
+    factors,
+    stretches,
+    whole_words,
+)
 from bitfit.side_by_side import SideBySide, side_by_side
 
 # How many sites (hidden states) and layers (attention) one call draws for. They are part of what a
@@ -108,10 +116,8 @@ class JointDropout:
         block = self._block(_ATTENTION, place.block, sizes, spare=longest)
         self._attention = _Place(place.block, place.size, place.used + 1)
         starts = self._score_rows(longest, heads)[place.used]
-        # Every stretch of the block as a row of its own, so that one gather takes those wanted.
         # Past a sequence's end there are bits of others, for weights that the mask makes zero.
-        rows = block.as_strided((len(block) - longest + 1, longest), (1, 1))
-        bits = rows.index_select(0, starts).view(weights.shape)
+        bits = stretches(block, longest).index_select(0, starts).view(weights.shape)
         if len(set(rates)) == 1:
             return factors(bits, rates[0], weights.dtype)
         counts = [heads * len(lengths) * longest**2 for lengths in self.lengths]
@@ -168,16 +174,10 @@ class JointDropout:
 
     def _draw(self, kind: int, number: int, sizes: dict[int, int], spare: int = 0) -> Tensor:
         """Return 16 random bits each, of as many elements for each run as ``sizes`` says."""
-        words = [size // 4 for size in sizes.values()]
-        rest = -(-spare // 4)
-        flat = torch.empty(sum(words) + rest, dtype=torch.int64, device=self.device)
-        flat[sum(words) :] = 0
-        for run, stretch in zip(sizes, flat.split([*words, rest]), strict=False):
-            bits = self.bits[run]
-            bits.generator.manual_seed((bits.seed + (3 * number + kind) * _GOLDEN) % 2**63)
-            # The whole range: without bounds the sign bit is always 0.
-            stretch.random_(-(2**63), None, generator=bits.generator)
-        return flat.view(torch.int16)
+        runs = [self.bits[run] for run in sizes]
+        for run in runs:
+            run.generator.manual_seed((run.seed + (3 * number + kind) * _GOLDEN) % 2**63)
+        return draw_bits(runs, list(sizes.values()), self.device, spare)
 
 
 def drawn_bytes(hidden: int, heads: int, length: int) -> int:

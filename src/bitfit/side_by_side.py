@@ -59,20 +59,15 @@ class SideBySide:
         self._sequence_of_token, self._positions = batch.sequence_of_token, batch.positions
         members = group_by_length(sizes, heads) if in_groups else [list(range(len(sizes)))]
         self.groups: list[Group] = []
-        rows, begin = [], 0
-        corners = np.empty((2, len(sizes)), dtype=np.int64)
+        rows = []
         for group in members:
             width = max(sizes[i] for i in group)
-            corners[0, group] = begin + np.arange(len(group)) * heads * width
-            corners[1, group] = width
-            begin += len(group) * heads * width
             index, mask = self._gather(batch, group if len(members) > 1 else None, width)
             rows.append(index)
             even = all(sizes[i] == width for i in group)
             self.groups.append(Group(group, width, None if even else mask))
         self._rows = rows[0] if len(rows) == 1 else torch.cat(rows)
         """``(R,)``: which row of ``(T * heads, ...)`` stands at each place of the rectangles."""
-        self._corners = upload(torch.from_numpy(corners), self._rows.device)
         self._stacks = [(group.sequences * heads, group.width) for group in self.groups]
         self._row_counts = [count * width for count, width in self._stacks]
         self._score_counts = [count * width * width for count, width in self._stacks]
@@ -99,8 +94,9 @@ class SideBySide:
     @cached_property
     def places(self) -> Tensor:
         """``(T * heads,)``: where each head of each token stands in the rectangles."""
-        begin, width = self._corners[:, self._sequence_of_token, None]  # (T, 1) each
-        heads = torch.arange(self.heads, device=self._corners.device)
+        corners = upload(torch.from_numpy(self._corners(1)), self._rows.device)
+        begin, width = corners[:, self._sequence_of_token, None]  # (T, 1) each
+        heads = torch.arange(self.heads, device=corners.device)
         places: Tensor = begin + heads * width + self._positions[:, None]
         return places.flatten()
 
@@ -114,16 +110,14 @@ class SideBySide:
 
     def split_rows(self, x: Tensor) -> list[Tensor]:
         """``(R, d)`` -> for each group its rectangle, ``(sequences * heads, width, d)``."""
-        if len(self.groups) == 1:
-            return [x.view(*self._stacks[0], -1)]
-        parts = x.split(self._row_counts)
-        return [part.view(*stack, -1) for part, stack in zip(parts, self._stacks, strict=True)]
+        return self._split(x, self._row_counts)
 
     def split_scores(self, x: Tensor) -> list[Tensor]:
         """``(scores,)`` -> for each group its squares, ``(sequences * heads, width, width)``."""
-        if len(self.groups) == 1:
-            return [x.view(*self._stacks[0], -1)]
-        parts = x.split(self._score_counts)
+        return self._split(x, self._score_counts)
+
+    def _split(self, x: Tensor, counts: list[int]) -> list[Tensor]:
+        parts = [x] if len(counts) == 1 else x.split(counts)  # one group: a call less
         return [part.view(*stack, -1) for part, stack in zip(parts, self._stacks, strict=True)]
 
     def rows_in(self, parts: Sequence[SideBySide], begins: Sequence[int]) -> list[Tensor]:
@@ -136,7 +130,7 @@ class SideBySide:
             parts: the same sequences in several batches, in the same order; on a CPU.
             begins: where each part's scores begin.
         """
-        corners = np.concatenate([part._score_corners for part in parts], axis=1)
+        corners = np.concatenate([part._corners(2) for part in parts], axis=1)
         corners[0] += np.repeat(begins, [len(part.lengths) for part in parts])
         rows = []
         for group in self.groups:
@@ -147,13 +141,12 @@ class SideBySide:
             rows.append(torch.from_numpy((begin + (heads * width + tokens) * width).ravel()))
         return rows
 
-    @cached_property
-    def _score_corners(self) -> NDArray[np.int64]:
-        """``(2, B)``: where each sequence's scores begin, and how wide they are."""
+    def _corners(self, power: int) -> NDArray[np.int64]:
+        """``(2, B)``: where each sequence's rows (1) or scores (2) begin, and how wide it is."""
         corners = np.empty((2, len(self.lengths)), dtype=np.int64)
         begin = 0
         for group in self.groups:
-            size = self.heads * group.width**2
+            size = self.heads * group.width**power
             corners[0, group.members] = begin + np.arange(group.sequences) * size
             corners[1, group.members] = group.width
             begin += group.sequences * size

@@ -101,7 +101,7 @@ def pass_tokens(device: torch.device) -> int:
 
 
 def draws_jointly(device: torch.device) -> bool:
-    """Return whether runs side by side draw and attend together: where each call has its price."""
+    """Return whether runs draw ahead and attend as one rectangle: where each call has its price."""
     return device.type != "cpu"
 
 
