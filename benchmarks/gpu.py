@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ from bitfit.bench.runs import time_in_turns as time_variants
 from bitfit.bench.timing import describe_machine, describe_versions, medians, timed
 from bitfit.bench.variants import FROZEN_FLOPS, bias_step
 from bitfit.bench.work import Table, Work, choose_sources, read_source
-from bitfit.dropout import DropoutBits
+from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.encoder import Encoder, open_encoder
+from bitfit.fused_dropout import FusedDropout, has_kernels
 from bitfit.inference import TaskHead, compute_logits
-from bitfit.joint_dropout import JointDropout
 from bitfit.tasks import Task, TextExample
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import RowMethod, make_method
@@ -295,7 +295,7 @@ def lanes_against_alone(bench: Bench, encoder: Encoder) -> float:
     return float(np.abs(np.asarray(together) - np.asarray(alone)).max())
 
 
-def joint_factor(
+def drawn_factor(
     bench: Bench, step: int, rate: float, dtype: torch.dtype, count: int
 ) -> torch.Tensor:
     """Return ``count`` factors that two runs draw in a step for one site, ``(count,)``."""
@@ -304,16 +304,18 @@ def joint_factor(
     parts = [(DropoutBits(3 + i, step, bench.device), pack(run)) for i, run in enumerate(runs)]
     width = -(-count // tokens)
     x = torch.ones(1, tokens, width, device=bench.device, dtype=dtype)
-    return JointDropout(parts, bench.device).drop(x, rate).flatten()[:count]
+    masks = FusedDropout(parts, bench.device) if has_kernels(bench.device) else StepDropout(parts)
+    return masks.drop(x, rate).flatten()[:count]
 
 
 def check_dropout(bench: Bench, size: str) -> Iterator[Row]:
     """Masks have their rate, no pattern, and come again from the same seed and step."""
     rate, count = 0.1, bench.scale.draws
-    exact = round(rate * 65536) / 65536
+    steps = 2**31 if has_kernels(bench.device) else 2**16
+    exact = round(rate * steps) / steps
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        factor = joint_factor(bench, 7, rate, dtype, count)
+        factor = drawn_factor(bench, 7, rate, dtype, count)
         dropped = (factor == 0).double()
         kept = torch.full((), 1 / (1 - exact), device=bench.device, dtype=dtype)
         whole = bool(((factor == 0) | (factor == kept)).all())
@@ -331,7 +333,7 @@ def check_dropout(bench: Bench, size: str) -> Iterator[Row]:
             part="dropout", what=f"{name}: correlation of neighbours, sigmas", value=worst,
             target=f"<= {SIGMAS:g}", met=worst <= SIGMAS, is_check=True,
         )  # fmt: skip
-        again, other = (joint_factor(bench, step, rate, dtype, count) for step in (7, 8))
+        again, other = (drawn_factor(bench, step, rate, dtype, count) for step in (7, 8))
         good = torch.equal(factor, again) and not torch.equal(factor, other)
         yield Row(
             part="dropout", what=f"{name}: same (seed, step) same mask, another step another",
@@ -608,6 +610,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of gpu.json")
     parser.add_argument("--parts", default=",".join(PARTS), help="between commas (default: all)")
     parser.add_argument("--sizes", default="base,large", help="base, large, or both")
+    parser.add_argument("--rounds", type=int, default=3, help="turns that are counted")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--base", help="a real checkpoint, in place of random weights")
@@ -639,8 +642,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder:
+        scale = SMOKE if args.smoke else replace(FULL, rounds=args.rounds)
         bench = Bench(
-            scale=SMOKE if args.smoke else FULL, device=device, folder=Path(folder),
+            scale=scale, device=device, folder=Path(folder),
             base=args.base, data=args.data, deadline=deadline,
         )  # fmt: skip
         sizes = args.sizes if args.base is None else args.sizes[:1]

@@ -100,9 +100,6 @@ ALTERNATIVES: dict[str, Callable[[], Any]] = {
         StepDropout, "attention", attention_lane_by_lane
     ),
     "dropout masks by way of bools": lambda: patch.object(dropout, "factors", masks_of_bools),
-    "attention and dropout of all lanes at once, as on a GPU": lambda: patch.object(
-        train, "draws_jointly", lambda device: True
-    ),
     "passes of up to 1,024 tokens": passes_of(1024),
     "passes of up to 2,048 tokens": passes_of(2048),
     "passes of up to 8,192 tokens": passes_of(8192),

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 # One thread: on tiny models two threads only wait for each other, the more on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads it when it is first imported: without a GPU kernels are run by its interpreter.
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import pytest

@@ -24,8 +24,8 @@ def cheap_groups(monkeypatch):
     monkeypatch.setattr(groups, "GROUP_COST", 0)
 
 
-def make_layout(lengths, *, in_groups=True):
-    return SideBySide(batch_of(lengths), HEADS, in_groups=in_groups)
+def make_layout(lengths):
+    return SideBySide(batch_of(lengths), HEADS)
 
 
 def exact(tokens, seed):
@@ -53,12 +53,12 @@ def attend_each(qkv, lengths, scaling):
 
 
 @settings(deadline=None)
-@given(lengths=LENGTHS, cost=st.sampled_from([0, 500, groups.GROUP_COST]), in_groups=st.booleans())
-@example(lengths=[40, 1, 40, 1, 2], cost=0, in_groups=True)
-def test_every_sequence_attends_to_itself_as_if_alone(lengths, cost, in_groups):
+@given(lengths=LENGTHS, cost=st.sampled_from([0, 500, groups.GROUP_COST]))
+@example(lengths=[40, 1, 40, 1, 2], cost=0)
+def test_every_sequence_attends_to_itself_as_if_alone(lengths, cost):
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(groups, "GROUP_COST", cost)
-        layout = make_layout(lengths, in_groups=in_groups)
+        layout = make_layout(lengths)
     qkv = [exact(sum(lengths), seed) for seed in range(3)]
     expected = attend_each(qkv, lengths, 0.7)
     torch.testing.assert_close(_attend(*qkv, layout, 0.7), expected)
@@ -66,11 +66,11 @@ def test_every_sequence_attends_to_itself_as_if_alone(lengths, cost, in_groups):
 
 
 @settings(deadline=None)
-@given(lengths=LENGTHS, in_groups=st.booleans())
-def test_what_is_laid_side_by_side_is_taken_back_as_it_was(lengths, in_groups):
+@given(lengths=LENGTHS)
+def test_what_is_laid_side_by_side_is_taken_back_as_it_was(lengths):
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(groups, "GROUP_COST", 0)
-        layout = make_layout(lengths, in_groups=in_groups)
+        layout = make_layout(lengths)
     x = exact(sum(lengths), 0)
     laid = layout.lay(x)
     assert torch.equal(layout.take(laid), x)
@@ -146,10 +146,9 @@ def test_the_gradient_of_dropped_attention_is_exact(cheap_groups, lengths):
     assert gradcheck(attend, inputs, atol=1e-8)
 
 
-@pytest.mark.parametrize("in_groups", [True, False])
-def test_the_gradient_is_that_of_the_fused_attention(cheap_groups, in_groups):
+def test_the_gradient_is_that_of_the_fused_attention(cheap_groups):
     lengths = [5, 2, 9, 1, 5]
-    layout = make_layout(lengths, in_groups=in_groups)
+    layout = make_layout(lengths)
     found, expected = ([exact(22, seed).requires_grad_(True) for seed in range(3)] for _ in "ab")
     weights = exact(22, 9)
     (_DroppedAttention.apply(*found, layout, 0.5, keep_all) * weights).sum().backward()
@@ -164,10 +163,9 @@ def test_the_gradient_is_that_of_the_fused_attention(cheap_groups, in_groups):
         torch.testing.assert_close(mine.grad, reference.grad)
 
 
-@pytest.mark.parametrize("in_groups", [True, False])
 @pytest.mark.parametrize("lengths", [[3, 5], [5, 3, 5, 3]])
-def test_a_nan_in_one_sequence_stays_there(cheap_groups, lengths, in_groups):
-    layout = make_layout(lengths, in_groups=in_groups)
+def test_a_nan_in_one_sequence_stays_there(cheap_groups, lengths):
+    layout = make_layout(lengths)
     qkv = [exact(sum(lengths), seed) for seed in range(3)]
     first = lengths[0]
     for x in qkv:

@@ -1,8 +1,10 @@
 """Runs side by side: each ends as it does alone (promise 4 of the design)."""
 
 import math
+import sys
 from pathlib import Path
 
+import plain_kernels
 import pytest
 import torch
 from test_encoder import make_batch
@@ -37,11 +39,12 @@ VARIETY = [
 ]
 
 
-@pytest.fixture(params=["run by run", "jointly"])
+@pytest.fixture(params=["cpu", "gpu"])
 def form(request, monkeypatch):
-    """How dropout is drawn and attention goes: as on a CPU, and as on a GPU."""
-    if request.param == "jointly":
-        monkeypatch.setattr("bitfit.training.train.draws_jointly", lambda device: True)
+    """The form of a step: that of a CPU, and that of a GPU with its kernels in plain torch."""
+    if request.param == "gpu":
+        monkeypatch.setitem(sys.modules, "bitfit.kernels", plain_kernels)
+        monkeypatch.setattr("bitfit.training.train.has_kernels", lambda device: True)
         monkeypatch.setattr(RowIndex, "sum_by_row", RowIndex._sum_segments)
     return request.param
 
@@ -294,13 +297,10 @@ def test_low_memory_gives_the_same_numbers_and_keeps_less(family, open_tiny, for
     assert kept[1] < 0.3 * kept[0]
 
 
-@pytest.mark.parametrize(("jointly", "passes"), [(False, [4]), (True, [2, 1, 1])])
-def test_a_pass_of_lanes_that_attend_together_is_bounded_with_its_padding(
-    jointly, passes, open_tiny, monkeypatch
-):
-    """Two lanes of 3 x 4 tokens, one of 3 x 30 and one of 3 x 4; a pass takes 150."""
-    monkeypatch.setattr("bitfit.training.train.draws_jointly", lambda device: jointly)
-    monkeypatch.setattr("bitfit.training.train.pass_tokens", lambda device: 150)
+@pytest.mark.parametrize(("most", "passes"), [(150, [4]), (100, [2, 1, 1]), (1, [1, 1, 1, 1])])
+def test_a_pass_of_lanes_is_bounded_in_tokens(most, passes, open_tiny, monkeypatch):
+    """Two lanes of 3 x 4 tokens, one of 3 x 30 and one of 3 x 4."""
+    monkeypatch.setattr("bitfit.training.train.pass_tokens", lambda device: most)
     encoder = open_tiny()
     lanes = [make_lane(encoder)]
     trainer = Trainer(encoder=encoder, method=make_method(encoder, lanes, 1), lanes=lanes)

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from bitfit.batches import Batch
 from bitfit.dropout import Draw
+from bitfit.fused_dropout import FusedDropout, Where, has_kernels
 from bitfit.leaves import ForwardState
 from bitfit.side_by_side import SideBySide, side_by_side
 
@@ -43,6 +44,8 @@ def packed_attention(
     # (1, heads, T, head_dim) -> (T, heads, head_dim), as the projections made them.
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     drops, heads = bitfit_state.dropout, q.shape[1]
+    if isinstance(drops, FusedDropout) or (drops is None and has_kernels(q.device)):
+        return _attend_fused(q, k, v, bitfit_batch, drops, scaling, dropout)[None], None
     parts = [] if drops is None else drops.attention(bitfit_batch, heads, dropout)
     if not parts:
         return _attend(q, k, v, side_by_side(bitfit_batch, heads), scaling)[None], None
@@ -58,6 +61,26 @@ def packed_attention(
     ]
     context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     return context[None], None
+
+
+def _attend_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: Batch,
+    drops: FusedDropout | None,
+    scaling: float,
+    rate: float,
+) -> Tensor:
+    """Attention by a kernel that reads the sequences where they stand."""
+    from bitfit.kernels import PackedAttention
+
+    if drops is None:
+        where = Where(batch.starts, batch.lengths, batch.max_length)
+    else:
+        where = drops.where(batch, rate)
+    context: Tensor = PackedAttention.apply(q, k, v, where, scaling)  # type: ignore[no-untyped-call]
+    return context
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layout: SideBySide, scaling: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import numpy as np
@@ -36,9 +36,14 @@ class DropoutBits:
         entropy = (seed, step, rank) if rank else (seed, step)
         state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         self.seed = int(state[0] >> np.uint64(1))
-        self.generator = torch.Generator(device).manual_seed(self.seed)
+        self.device = device
         self.attention_rate = attention_rate
         """The run's own rate on attention probabilities; None: the base's."""
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """What the bits are drawn with, from its beginning; made when it is first used."""
+        return torch.Generator(self.device).manual_seed(self.seed)
 
     def scale(self, x: Tensor, rate: float) -> Tensor:
         """Return a factor per element of ``x``: 0 with probability ``rate``, else 1/(1 - rate)."""
@@ -117,7 +122,7 @@ class StepDropout:
     def attention(self, batch: Batch, heads: int, rate: float) -> list[tuple[SideBySide, Draw]]:
         """Return in which parts attention goes over a batch, and how each draws for its scores.
 
-        All runs together where they have one rate. Empty where nothing is dropped.
+        All runs together where they have one rate, on a CPU. Empty where nothing is dropped.
 
         Args:
             batch: the sequences of all runs.
@@ -127,7 +132,8 @@ class StepDropout:
         rates = attention_rates(self.runs, rate)
         if not any(rates):
             return []
-        if len(rates) > 1 and len(set(rates)) == 1:
+        together = len(rates) > 1 and len(set(rates)) == 1
+        if together and batch.lengths.device.type == "cpu":
             whole = side_by_side(batch, heads)
             return [(whole, partial(self._scale_scores, whole=whole, rate=rates[0]))]
         return self.run_by_run(heads, rates)

@@ -13,7 +13,8 @@ import itertools
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,9 @@ from bitfit.sharing import Layers, Shared, share
 from bitfit.terms import Site
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Precisions that are types of their own; ``auto`` chooses among them."""
+PRECISIONS = {**DTYPES, "tf32": torch.float32}
+"""All that can be asked for, by name. tf32: fp32 whose products a GPU rounds to 10 bits."""
 # A probe passes below this, relative to the largest value. Rounding gives 1e-6, a fault 1e-1.
 PROBE_TOLERANCE = 1e-4
 
@@ -61,6 +65,7 @@ class Encoder:
         dtype: precision of the frozen weights and the activations; biases stay fp32.
         device: where it runs.
         packed: False forces padded batches.
+        tf32: whether a GPU may round the factors of fp32 products to 10 bits, for its tensor cores.
     """
 
     def __init__(
@@ -70,10 +75,12 @@ class Encoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         packed: bool = True,
+        tf32: bool = False,
     ) -> None:
         self.base, self.pooler = base, base.pooler
         self.model: Any = base.model  # transformers' own classes are not typed
         self.dtype = dtype
+        self.tf32 = False  # the probes below are of exact products
         # As tensors name it: "cuda" alone is not equal to their "cuda:0".
         self.device = torch.empty(0, device=device or torch.device("cpu")).device
         self.sites: tuple[Site, ...] = base.sites
@@ -93,6 +100,7 @@ class Encoder:
         self.mixes = self._probe_mixing()
         self.inert_terms = ("key",) if self._probe_key_inert() else ()
         self._cast(dtype)
+        self.tf32 = tf32
 
     @property
     def hidden_size(self) -> int:
@@ -106,8 +114,25 @@ class Encoder:
 
     @property
     def precision(self) -> str:
-        """The name of ``dtype`` among :data:`DTYPES`."""
-        return dtype_name(self.dtype)
+        """The name of what it computes in, among :data:`PRECISIONS`."""
+        return "tf32" if self.tf32 else dtype_name(self.dtype)
+
+    @contextmanager
+    def exactness(self) -> Iterator[None]:
+        """Return a context in which a GPU's fp32 products are as exact as this precision says.
+
+        torch has one switch for the whole process, so it is turned for the time of a pass, and back
+        after it: an encoder of another precision, and the caller's own products, keep theirs.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     @property
     def low_memory(self) -> bool:
@@ -157,7 +182,7 @@ class Encoder:
         """
         if index is not None and not self.mixes:
             return self._encode_by_row(batch, shifts, index, dropout, holds_base)
-        with self._lock:
+        with self._lock, self.exactness():
             if self.model.training != (dropout is not None):
                 self.model.train(dropout is not None)
             self.state.shifts, self.state.dropout = shifts, dropout
@@ -435,18 +460,23 @@ def open_encoder(
     ``auto`` measures this machine for some milliseconds.
 
     Raises:
-        UsageError: an unknown precision.
+        UsageError: an unknown precision, or one that the device does not have.
         BaseModelError: the base cannot be loaded.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    if dtype not in ("auto", *PRECISIONS):
+        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(PRECISIONS)}")
     place = choose_device(device)
+    if dtype == "tf32" and place.type != "cuda":
+        raise UsageError(
+            f"dtype 'tf32' is a form of product that NVIDIA's GPUs have (Ampere and newer), and "
+            f"this is to run on {place}: use fp32, bf16 or auto"
+        )
     loaded = load_base(base, revision=revision, trust_remote_code=trust_remote_code)
     if dtype != "auto":
-        chosen = DTYPES[dtype]
+        chosen = PRECISIONS[dtype]
     else:
         chosen = measure_precision(place, loaded.config.hidden_size).dtype
-    return Encoder(loaded, dtype=chosen, device=place)
+    return Encoder(loaded, dtype=chosen, device=place, tf32=dtype == "tf32")
 
 
 def _best_time(call: Callable[[], Any], device: torch.device) -> float:

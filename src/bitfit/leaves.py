@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from bitfit.batches import upload
 from bitfit.dropout import StepDropout
-from bitfit.joint_dropout import JointDropout
+from bitfit.fused_dropout import FusedDropout
 
-Masks: TypeAlias = StepDropout | JointDropout
+Masks: TypeAlias = StepDropout | FusedDropout
+# How many elements of a segment one thread of a GPU adds up.
+PART = 32
 
 
 class RowIndex:
@@ -64,10 +66,19 @@ class RowIndex:
         return [row for row, _ in self._stretches] == list(range(self.rows))
 
     @cached_property
-    def _on_device(self) -> tuple[Tensor, Tensor]:
-        """The row of each stretch, and its length."""
-        rows, counts = upload(torch.tensor(self._stretches).t().contiguous(), self.index.device)
-        return rows, counts
+    def _on_device(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The row of each stretch, how many parts it has, and the lengths of all parts."""
+        parts: list[int] = []
+        counts = []
+        for _, length in self._stretches:
+            whole, rest = divmod(length, PART)
+            own = [PART] * whole + [rest] * (rest > 0)
+            counts.append(len(own))
+            parts += own
+        rows = [row for row, _ in self._stretches]
+        sent = upload(torch.tensor([*rows, *counts, *parts]), self.index.device)
+        on_device: tuple[Tensor, Tensor, Tensor] = sent.split([len(rows), len(rows), len(parts)])
+        return on_device
 
     def sum_by_row(self, grad: Tensor) -> Tensor:
         """Return ``(K, d)`` in fp32: the sum of ``grad`` ``(N, d)`` over the elements of each row.
@@ -93,9 +104,11 @@ class RowIndex:
 
     def _sum_segments(self, grad: Tensor) -> Tensor:
         """The same in one call, however many stretches there are."""
-        rows, counts = self._on_device
-        # unsafe: the lengths are ours, and checking them would wait for the GPU.
-        sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, axis=0, unsafe=True)
+        rows, counts, parts = self._on_device
+        # The kernel goes over a segment element by element, so first over short parts of it, which
+        # are many; unsafe: the lengths are ours, and checking them would wait for the GPU.
+        sums = torch.segment_reduce(grad.float(), "sum", lengths=parts, axis=0, unsafe=True)
+        sums = torch.segment_reduce(sums, "sum", lengths=counts, axis=0, unsafe=True)
         if self._in_order:
             return sums
         return sums.new_zeros(self.rows, grad.shape[-1]).index_add_(0, rows, sums)

@@ -47,17 +47,16 @@ class SideBySide:
     Args:
         batch: the sequences.
         heads: of the attention.
-        in_groups: False makes one group, in the order of the batch.
     """
 
-    def __init__(self, batch: Batch, heads: int, *, in_groups: bool) -> None:
+    def __init__(self, batch: Batch, heads: int) -> None:
         # Not the batch itself, which keeps this: who waits for the garbage collector keeps tensors.
         self.heads = heads
         self.lengths = sizes = [len(feature) for feature in batch.features]
         """Tokens of each sequence, in the order of the batch."""
         self.tokens = len(batch.input_ids)
         self._sequence_of_token, self._positions = batch.sequence_of_token, batch.positions
-        members = group_by_length(sizes, heads) if in_groups else [list(range(len(sizes)))]
+        members = group_by_length(sizes, heads)
         self.groups: list[Group] = []
         rows = []
         for group in members:
@@ -169,19 +168,11 @@ class SideBySide:
         return mask.repeat_interleave(self.heads, 0)[:, None]
 
 
-def side_by_side(batch: Batch, heads: int, *, in_groups: bool | None = None) -> SideBySide:
-    """Return how attention lays a batch side by side; every layer asks for the same.
-
-    Args:
-        batch: the sequences.
-        heads: of the attention.
-        in_groups: None: on a CPU. A GPU waits for each call, and has room for padding.
-    """
-    if in_groups is None:
-        in_groups = batch.lengths.device.type == "cpu"
-    if (heads, in_groups) not in batch.derived:
-        batch.derived[heads, in_groups] = SideBySide(batch, heads, in_groups=in_groups)
-    found = batch.derived[heads, in_groups]
+def side_by_side(batch: Batch, heads: int) -> SideBySide:
+    """Return how attention lays a batch side by side; every layer asks for the same."""
+    if heads not in batch.derived:
+        batch.derived[heads] = SideBySide(batch, heads)
+    found = batch.derived[heads]
     assert isinstance(found, SideBySide)
     return found
 

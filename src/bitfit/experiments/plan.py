@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bitfit.errors import UsageError
 from bitfit.experiments.execute import Group
 from bitfit.experiments.grid import Grid, GridTask, Row
@@ -16,8 +18,10 @@ from bitfit.experiments.protocol import choose, paper_scores, split_scores
 from bitfit.experiments.runs import Run
 from bitfit.experiments.store import Store
 
-# Group sizes grow with what the hardware gains from lanes, and this is the most.
-MOST_LANES = 16
+
+def most_lanes(device: str) -> int:
+    """Return the most runs that ``auto`` puts side by side, where the hardware gains from more."""
+    return 16 if torch.device(device).type == "cpu" else 64
 
 
 @dataclass(frozen=True)

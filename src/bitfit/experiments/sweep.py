@@ -26,7 +26,7 @@ from bitfit.experiments.execute import Group
 from bitfit.experiments.executor import Executor, LocalExecutor, Outcome, WorkerLost
 from bitfit.experiments.grid import Grid
 from bitfit.experiments.material import Material, Sources
-from bitfit.experiments.plan import MOST_LANES, Planner, first_group, make_group
+from bitfit.experiments.plan import Planner, first_group, make_group, most_lanes
 from bitfit.experiments.runs import Conditions, Run
 from bitfit.experiments.store import Claim, Result, Store
 from bitfit.jsonable import jsonable
@@ -285,21 +285,22 @@ class Sweep:
     def _lanes_for(self, runs: Sequence[Run], material: Material) -> int:
         """Return how many runs of a task are trained side by side; measured once, and recorded."""
         if self.settings.lanes != "auto":
-            return min(int(self.settings.lanes), MOST_LANES)
+            return int(self.settings.lanes)
         key = "/".join(str(part) for part in (runs[0].base, *runs[0].material[:2]) if part)
         experiment = self.store.experiment()  # another process may have measured it
         lanes: dict[str, int] = experiment["conditions"]["lanes"]
         if key not in lanes:
             tried: list[Lane] = []
-            for run in runs[:MOST_LANES]:
+            most = most_lanes(self.conditions.device)
+            for run in runs[:most]:
                 with suppress(BitfitError):  # cannot be made: its record will say why
                     tried.append(material.lane(run))
                     last = run
             if not tried:
                 return 1
             # Fewer are waiting than could be: measure with copies of the last.
-            tried += [material.lane(last) for _ in range(MOST_LANES - len(tried))]
-            lanes[key] = choose_lane_count(material.encoder, tried, MOST_LANES)
+            tried += [material.lane(last) for _ in range(most - len(tried))]
+            lanes[key] = choose_lane_count(material.encoder, tried, most)
             self.store.write_experiment(experiment)
         return lanes[key]
 

@@ -27,6 +27,7 @@ class AdamW:
         self.tensors = tensors
         self.means = [torch.zeros_like(t) for t in tensors]
         self.squares = [torch.zeros_like(t) for t in tensors]
+        self._far_steps = [torch.full((), _FAR_STEP, device=t.device) for t in tensors]
 
     @torch.no_grad()
     def step(self, sizes: Sequence[float], epsilons: Sequence[float]) -> None:
@@ -37,8 +38,10 @@ class AdamW:
             epsilons: of each run.
         """
         moving = [
-            (tensor, tensor.grad, mean, square)
-            for tensor, mean, square in zip(self.tensors, self.means, self.squares, strict=True)
+            (tensor, tensor.grad, mean, square, far_step)
+            for tensor, mean, square, far_step in zip(
+                self.tensors, self.means, self.squares, self._far_steps, strict=True
+            )
             if tensor.grad is not None
         ]
         if len(sizes) == 1:
@@ -54,10 +57,11 @@ class AdamW:
             (moment if slots == 1 else moment[slot]).zero_()
 
 
-Moving: TypeAlias = Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
-"""A tensor, its gradient and its two moments, for each tensor that moves."""
+Moving: TypeAlias = Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+"""A tensor, its gradient, its two moments and a far step, for each tensor that moves."""
 
-# The number of a step at which the bias corrections of Adam have long been 1.
+# The number of a step at which the bias corrections of Adam have long been 1. The kernel counts it
+# up, which changes nothing; it is made once, as on a GPU each would be a call in every step.
 _FAR_STEP = 1e6
 
 
@@ -70,19 +74,18 @@ def _step_alone(moving: Moving, size: float, epsilon: float) -> None:
     """
     beta1, beta2 = BETAS
     if moving:
-        tensors, grads, means, squares = (list(column) for column in zip(*moving, strict=True))
+        tensors, grads, means, squares, far = (list(column) for column in zip(*moving, strict=True))
         adam(
-            tensors, grads, means, squares, max_exp_avg_sqs=[],
-            state_steps=[torch.full((), _FAR_STEP, device=t.device) for t in tensors],
-            fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=size, weight_decay=0.0,
-            eps=epsilon, maximize=False,
+            tensors, grads, means, squares, max_exp_avg_sqs=[], state_steps=far, fused=True,
+            amsgrad=False, beta1=beta1, beta2=beta2, lr=size, weight_decay=0.0, eps=epsilon,
+            maximize=False,
         )  # fmt: skip
 
 
 def _step_rows(moving: Moving, sizes: Sequence[float], epsilons: Sequence[float]) -> None:
     """Move rows, each by its own run's size and epsilon."""
     beta1, beta2 = BETAS
-    for tensor, grad, mean, square in moving:
+    for tensor, grad, mean, square, _ in moving:
         mean.mul_(beta1).add_(grad, alpha=1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         column = upload(torch.tensor([[*sizes], [*epsilons]]), tensor.device)[..., None]

@@ -15,7 +15,7 @@ import torch
 from bitfit.base import choose_device
 from bitfit.batches import make_features
 from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
-from bitfit.encoder import DTYPES, Encoder, open_encoder
+from bitfit.encoder import PRECISIONS, Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted
 from bitfit.tasks import Task
 from bitfit.training.lane import Lane, Split
@@ -204,7 +204,7 @@ def _open(
         return base, join_processes(base.device)
     processes = join_processes(choose_device(device))
     encoder = open_encoder(base, dtype, device, revision=revision, trust_remote_code=trust)
-    names = tuple(DTYPES)
+    names = tuple(PRECISIONS)
     agreed = names[processes.first(names.index(encoder.precision))]
     if agreed != encoder.precision:
         encoder = open_encoder(base, agreed, device, revision=revision, trust_remote_code=trust)

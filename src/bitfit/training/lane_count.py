@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from bitfit.encoder import Encoder
-from bitfit.joint_dropout import drawn_bytes
+from bitfit.fused_dropout import has_kernels
 from bitfit.training.lane import Lane, Progress
 from bitfit.training.methods import make_method
 from bitfit.training.processes import ALONE, Processes
 from bitfit.training.settings import ROW_METHODS
-from bitfit.training.train import Trainer, draws_jointly, pass_tokens
+from bitfit.training.train import Trainer, pass_tokens
 
 MOST = 64
 # More lanes must gain at least this much to be worth their memory and their coarser refilling.
@@ -116,13 +116,13 @@ def activation_bytes(encoder: Encoder, lanes: Sequence[Lane]) -> int:
     hidden = encoder.hidden_size
     inner = int(getattr(config, "intermediate_size", 4 * hidden))
     layers = int(getattr(config, "num_hidden_layers", 12))
-    joint = encoder.packed and draws_jointly(encoder.device)
     length = max(len(f) for lane in lanes for f in lane.train.features.items)
     heads = int(getattr(config, "num_attention_heads", 12))
-    # Per token and layer: projections, norms and masks; the MLP; weights and masks of attention.
-    numbers = 14 * hidden + 3 * inner + 4 * heads * length
-    kept = tokens * layers * numbers * encoder.dtype.itemsize
-    return kept + (tokens * drawn_bytes(hidden, heads, length) if joint else 0)
+    # Per token and layer: projections, norms and masks; the MLP; weights and masks of attention,
+    # which kernels do not keep.
+    scores = 0 if has_kernels(encoder.device) else 4 * heads * length
+    numbers = 14 * hidden + 3 * inner + scores
+    return tokens * layers * numbers * encoder.dtype.itemsize
 
 
 def _most_tokens(lane: Lane) -> int:

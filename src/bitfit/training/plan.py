@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bitfit.data import DataConfig
-from bitfit.encoder import DTYPES, Encoder
+from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
 from bitfit.rounding import StorageType
 from bitfit.training.adapters import check_installed
@@ -106,10 +106,10 @@ def _is_ours(path: Path) -> bool:
 
 def check_dtype(encoder: Encoder, dtype: str) -> None:
     """Refuse a precision that an encoder, opened before, does not compute in."""
-    if dtype != "auto" and DTYPES.get(dtype) != encoder.dtype:
+    if dtype not in ("auto", encoder.precision):
         raise UsageError(
-            f"this run is to compute in {dtype!r}, but the open encoder is {encoder.dtype}: open "
-            f"it with bitfit.open_encoder(base, {dtype!r})"
+            f"this run is to compute in {dtype!r}, but the open encoder computes in "
+            f"{encoder.precision!r}: open it with bitfit.open_encoder(base, {dtype!r})"
         )
 
 

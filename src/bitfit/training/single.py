@@ -73,10 +73,9 @@ class SingleRun:
         """Scale all gradients so that their common norm is at most ``max_norms[0]``; 0: leave."""
         grads = [t.grad for t in self.tensors if t.grad is not None]
         if max_norms[0] > 0 and grads:
-            norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
             scale = (max_norms[0] / (norm + 1e-6)).clamp(max=1.0)
-            for grad in grads:
-                grad.mul_(scale)
+            torch._foreach_mul_(grads, scale)
 
 
 def init_std(encoder: Encoder) -> float:

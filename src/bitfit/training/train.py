@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfit.batches import pack
+from bitfit.batches import Batch, pack
 from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.encoder import Encoder
 from bitfit.errors import BitfitError, TrainingDiverged
+from bitfit.fused_dropout import FusedDropout, has_kernels
 from bitfit.heads import logits_shape, read_predictions
 from bitfit.inference import Logits, TaskHead, compute_logits
-from bitfit.joint_dropout import JointDropout
+from bitfit.leaves import Masks
 from bitfit.metrics import compute_metrics
 from bitfit.storage import atomic_write, pack_safetensors, unpack_safetensors
 from bitfit.tasks import Task, references
@@ -95,14 +96,9 @@ def pass_tokens(device: torch.device) -> int:
     """Return the most tokens in one forward pass of several lanes; a lane's batch is never split.
 
     More fill a CPU's products better until the activations leave its caches (benchmarks/README.md
-    has the numbers); a GPU's number is unmeasured.
+    has the numbers). A GPU gains as long as its memory suffices: 64 runs of eight pairs are 28,000.
     """
     return 4096 if device.type == "cpu" else 65536
-
-
-def draws_jointly(device: torch.device) -> bool:
-    """Return whether runs draw ahead and attend as one rectangle: where each call has its price."""
-    return device.type != "cpu"
 
 
 class Trainer:
@@ -219,7 +215,8 @@ class Trainer:
         losses: list[Tensor] = []
         for part in self._passes(shares):
             own = self._losses(running[part], shares[part], bits[part])
-            torch.stack(own).sum().backward()
+            with self.encoder.exactness():
+                torch.stack(own).sum().backward()
             losses += (loss.detach() for loss in own)
         self.method.after_backward()
         losses = self.processes.sum_gradients(self.method.tensors, losses)
@@ -243,18 +240,12 @@ class Trainer:
     def _passes(self, shares: Sequence[Share]) -> Iterator[slice]:
         """Split the running lanes into forward passes, as many in each as help the hardware."""
         most = pass_tokens(self.encoder.device)
-        # Where all attend together, padding to the longest of all is what takes memory.
-        padded = draws_jointly(self.encoder.device)
-        begin, tokens, sequences, longest = 0, 0, 0, 0
+        begin, tokens = 0, 0
         for place, share in enumerate(shares):
-            batch = share.batch
-            tokens += len(batch.input_ids)
-            sequences += len(batch.features)
-            longest = max(longest, batch.max_length)
-            if place > begin and (sequences * longest if padded else tokens) > most:
+            tokens += len(share.batch.input_ids)
+            if place > begin and tokens > most:
                 yield slice(begin, place)
-                begin, tokens = place, len(batch.input_ids)
-                sequences, longest = len(batch.features), batch.max_length
+                begin, tokens = place, len(share.batch.input_ids)
         yield slice(begin, len(shares))
 
     def _losses(
@@ -274,14 +265,20 @@ class Trainer:
             counts = torch.tensor([len(own.features) for own in batches])
             index = slots.repeat_interleave(counts)
         parts = list(zip(bits, batches, strict=True))
-        joint = self.encoder.packed and draws_jointly(device)
         step = Pass(
             encoder=self.encoder, batch=whole.to(device), index=index, biases=biases, heads=heads,
-            dropout=JointDropout(parts, device) if joint else StepDropout(parts),
+            dropout=self._masks(parts),
         )  # fmt: skip
         return step.losses([
             (slot, lane, share) for (slot, lane), share in zip(running, shares, strict=True)
         ])  # fmt: skip
+
+    def _masks(self, parts: Sequence[tuple[DropoutBits, Batch]]) -> Masks:
+        """Return the form of dropout that the hardware takes best."""
+        device = self.encoder.device
+        if self.encoder.packed and has_kernels(device):
+            return FusedDropout(parts, device)
+        return StepDropout(parts)
 
     def _drop_diverged(
         self, running: Sequence[tuple[int, Lane]], done: StepDone
