@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bitfit.base import choose_device, quiet_transformers
 from bitfit.batches import Feature, Features, pack
@@ -80,6 +81,7 @@ class Scale:
     vocabulary: int = 30522
     batch_size: int = 8
     lanes: Sequence[int] = (1, 4, 16, 64)
+    kernel_lanes: Sequence[int] = (1, 20, 64)
     rounds: int = 3
     steps: int = 12  # of one lane in a turn; of more lanes fewer
     rows: int = 2490
@@ -96,16 +98,23 @@ def _bert(name: str, hidden: int, layers: int, heads: int) -> Size:
 
 
 FULL = Scale(
-    sizes={"base": _bert("base", 768, 12, 12), "large": _bert("large", 1024, 24, 16)},
+    sizes={
+        "base": _bert("base", 768, 12, 12),
+        "large": _bert("large", 1024, 24, 16),
+        "mini": _bert("mini", 384, 6, 12),
+    },
     compile_options={
         "longest": {"dynamic": True},  # as many shapes as lengths
         "128": {"dynamic": False, "mode": "reduce-overhead"},  # one shape: CUDA graphs
     },
 )
 SMOKE = Scale(
-    sizes={"base": _bert("base", 32, 2, 4), "large": _bert("large", 48, 2, 4)},
-    vocabulary=120, batch_size=4, lanes=(1, 3), rounds=1, steps=2, rows=24, dev_rows=6, epochs=1,
-    seeds=1, draws=1 << 16,
+    sizes={
+        "base": _bert("base", 32, 2, 4), "large": _bert("large", 48, 2, 4),
+        "mini": _bert("mini", 16, 1, 2),
+    },
+    vocabulary=120, batch_size=4, lanes=(1, 3), kernel_lanes=(1, 3), rounds=1, steps=2, rows=24,
+    dev_rows=6, epochs=1, seeds=1, draws=1 << 16,
     compile_options={"longest": {"backend": "eager", "dynamic": True}},
 )  # fmt: skip
 
@@ -478,6 +487,37 @@ def measure_products(bench: Bench, size: str) -> Iterator[Row]:
     )
 
 
+def measure_kernels(bench: Bench, size: str) -> Iterator[Row]:
+    """How many kernels a step has, how long they take, and how long it takes to launch them.
+
+    Of rows by number of lanes, and of full fine-tuning, which comes alone. In tf32; on a CPU its
+    operations in fp32.
+    """
+    on_gpu = bench.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    for lanes, method in (*((k, "bitfit") for k in bench.scale.kernel_lanes), (1, "full")):
+        encoder = bench.encoder(size, "tf32" if on_gpu else "fp32")
+        table = bench.table(size, encoder, lanes)
+        run = side_by_side(table.work, encoder, method)
+        for number in range(table.steps):  # warms up
+            run.step(number)
+        seconds = min(
+            timed(partial(run.step, number), bench.device) for number in range(table.steps)
+        )
+        with profile(activities=[activity]) as found:
+            run.step(0)
+            if on_gpu:
+                torch.cuda.synchronize(bench.device)
+        name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        events = [event for event in found.key_averages() if getattr(event, name) > 0]
+        spent = sum(getattr(event, name) for event in events) / 1000
+        count = float(sum(event.count for event in events))
+        part, what = f"kernels {size}", f"{_lanes(lanes)}, {method}"
+        yield Row(part=part, what=f"{what}: kernels of a step", value=count)
+        yield Row(part=part, what=f"{what}: time in kernels", value=spent, unit="ms")
+        yield Row(part=part, what=f"{what}: time of a step", value=seconds * 1000, unit="ms")
+
+
 def measure_grid(bench: Bench, size: str) -> Iterator[Row]:
     """Wall time of four rates by some seeds on data of RTE's size, scored on dev every epoch."""
     scale, encoder = bench.scale, bench.encoder(size)
@@ -527,6 +567,7 @@ PARTS: dict[str, tuple[Part, bool]] = {
     "determinism": (check_determinism, False),
     "products": (measure_products, False),
     "lanes": (measure_lanes, True),
+    "kernels": (measure_kernels, False),
     "grid": (measure_grid, False),
     "compiled": (measure_compiled, True),
 }
@@ -609,7 +650,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of gpu.json")
     parser.add_argument("--parts", default=",".join(PARTS), help="between commas (default: all)")
-    parser.add_argument("--sizes", default="base,large", help="base, large, or both")
+    parser.add_argument("--sizes", default="base,large", help="among base, large, mini")
     parser.add_argument("--rounds", type=int, default=3, help="turns that are counted")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many")
     parser.add_argument("--device", default="auto")

@@ -10,8 +10,8 @@ from bitfit.bank import Layout
 from bitfit.base import choose_device, classifier_dropout, encoder_tensors, load_base
 from bitfit.batches import Feature, pack
 from bitfit.dropout import DropoutBits, StepDropout
-from bitfit.encoder import Encoder, measure_precision
-from bitfit.errors import BaseModelError, MissingExtra
+from bitfit.encoder import Encoder, measure_precision, open_encoder
+from bitfit.errors import BaseModelError, MissingExtra, UsageError
 
 FAMILIES = [family for family in CONFIGS if family != "modernbert"]
 VOCABULARY = len(SPECIALS) + len(WORDS)
@@ -245,6 +245,31 @@ def test_dropout_leaves_torch_global_generator_alone(open_tiny):
         torch.manual_seed(5)
         encoder.encode(batch, {}, None, StepDropout([(DropoutBits(0, 1, encoder.device), batch)]))
         assert torch.equal(torch.rand(3), expected)
+
+
+def test_tf32_is_fp32_for_the_time_of_a_pass_only(open_tiny, monkeypatch):
+    """torch has one switch for the process; it is turned back, also where a pass fails."""
+    turned = []
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", turned.append)
+    encoder = open_tiny(tf32=True)
+    assert encoder.precision == "tf32"
+    assert encoder.dtype == torch.float32
+    with encoder.exactness():  # a CPU has no such thing
+        assert turned == []
+    encoder.device = torch.device("cuda", 0)
+    with encoder.exactness():
+        assert turned == ["high"]
+    assert turned == ["high", "medium"]
+    encoder.tf32 = False
+    with pytest.raises(RuntimeError, match="in a pass"), encoder.exactness():
+        raise RuntimeError("in a pass")
+    assert turned[2:] == ["highest", "medium"]
+
+
+def test_tf32_is_refused_where_there_is_no_gpu(checkpoint):
+    with pytest.raises(UsageError, match="use fp32, bf16 or auto"):
+        open_encoder(checkpoint("bert"), "tf32", "cpu")
 
 
 def test_precision_is_measured():

@@ -271,6 +271,14 @@ def test_change_is_the_mean_over_the_seeds_largest_on_top(sample, tables):
     assert runs
 
 
+@pytest.mark.parametrize(("dtype", "said"), [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_where_products_were_rounded_the_movement_of_b_k_is_explained(dtype, said, tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit"], tasks=["rte"])
+    sample.done("BitFit", RTE, change=EIGHT, environment={"dtype": dtype})
+    notes = " ".join(tables_of(sample)["change"].notes)
+    assert (f"Computed in {dtype}" in notes) == said
+
+
 def test_leaving_out_a_term_is_checked_against_the_theory(tmp_path):
     without = {t: tuple(x for x in EIGHT if x != t) for t in ("key", "value")}
     rows = {"all eight": EIGHT, "no b_k": without["key"], "no b_v": without["value"]}

@@ -16,9 +16,10 @@ from sweeping import left_in, small_grid, small_sweep
 
 from bitfit.cli.app import run
 from bitfit.data import DataConfig, read_dataset
-from bitfit.errors import DataError, NotWritten, TrainingInterrupted, UsageError
+from bitfit.errors import BitfitError, DataError, NotWritten, TrainingInterrupted, UsageError
 from bitfit.experiments.dry_run import dry_run
 from bitfit.experiments.grid import Row
+from bitfit.experiments.plan import most_lanes
 from bitfit.experiments.protocol import choose, paper_scores, task_of
 from bitfit.experiments.store import Store
 from bitfit.experiments.sweep import GroupFinished, GroupStarted, Settings, Sweep, Waiting
@@ -299,6 +300,24 @@ def test_missing_data_is_refused_or_left_out(checkpoint, data, tmp_path):
     settings = Settings(data=data, threads=1, lanes=2, skip_missing=True, budget_seconds=0.0)
     summary = Sweep(grid, tmp_path / "b", settings).run()
     assert summary.missing_tasks[0].startswith("rte: ")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [({"device": "cuda:99"}, "this torch sees"), ({"dtype": "tf32", "device": "cpu"}, "tf32")],
+)
+def test_what_the_machine_does_not_have_is_refused_before_anything_is_written(
+    asked, message, checkpoint, data, tmp_path
+):
+    settings = Settings(data=data, threads=1, **asked)
+    with pytest.raises(BitfitError, match=message):
+        Sweep(small_grid(checkpoint()), tmp_path / "a", settings)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_most_runs_side_by_side_depend_on_the_device():
+    assert most_lanes("cpu") == 16
+    assert most_lanes("cuda:0") == 64
 
 
 def test_runs_are_copied_from_an_experiment_that_has_them(finished, checkpoint, data, tmp_path):

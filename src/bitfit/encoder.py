@@ -447,6 +447,24 @@ def measure_precision(device: torch.device, hidden: int = 384, tokens: int = 512
     return Precision(best, rates)
 
 
+def choose_place(dtype: str, device: str) -> torch.device:
+    """Return the device that ``device`` means, once it is known to have the precision.
+
+    Raises:
+        UsageError: an unknown precision, or one that the device does not have.
+        BaseModelError: a device that is not there.
+    """
+    if dtype not in ("auto", *PRECISIONS):
+        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(PRECISIONS)}")
+    place = choose_device(device)
+    if dtype == "tf32" and place.type != "cuda":
+        raise UsageError(
+            f"dtype 'tf32' is a form of product that NVIDIA's GPUs have (Ampere and newer), and "
+            f"this is to run on {place}: use fp32, bf16 or auto"
+        )
+    return place
+
+
 def open_encoder(
     base: str,
     dtype: str = "auto",
@@ -463,14 +481,7 @@ def open_encoder(
         UsageError: an unknown precision, or one that the device does not have.
         BaseModelError: the base cannot be loaded.
     """
-    if dtype not in ("auto", *PRECISIONS):
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(PRECISIONS)}")
-    place = choose_device(device)
-    if dtype == "tf32" and place.type != "cuda":
-        raise UsageError(
-            f"dtype 'tf32' is a form of product that NVIDIA's GPUs have (Ampere and newer), and "
-            f"this is to run on {place}: use fp32, bf16 or auto"
-        )
+    place = choose_place(dtype, device)
     loaded = load_base(base, revision=revision, trust_remote_code=trust_remote_code)
     if dtype != "auto":
         chosen = PRECISIONS[dtype]

@@ -308,7 +308,8 @@ TrustRemoteCode: TypeAlias = Annotated[
 Dtype: TypeAlias = Annotated[
     str,
     typer.Option(
-        help="Precision of the frozen weights: fp32, bf16, or auto: the faster here.",
+        help="Precision of the frozen weights: fp32, bf16, tf32 (fp32 with a GPU's products "
+        "rounded), or auto: the faster of fp32 and bf16 here.",
         rich_help_panel=MACHINE,
     ),
 ]

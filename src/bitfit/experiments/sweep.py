@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from bitfit.cluster import check_address, connected
-from bitfit.encoder import Encoder, open_encoder
+from bitfit.encoder import Encoder, choose_place, open_encoder
 from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
 from bitfit.experiments.claimed import Held
 from bitfit.experiments.cluster import RayExecutor, new_job
@@ -131,7 +131,9 @@ class Sweep:
         settings: how.
 
     Raises:
-        UsageError: a directory that holds another experiment, or this one without ``resume``.
+        UsageError: a directory that holds another experiment, or this one without ``resume``; a
+            precision that there is not.
+        BaseModelError: a device that is not there.
         DataError: the data of a task is not there, unless ``skip_missing``, or of all tasks.
         MissingExtra: a cluster is asked for and Ray is not installed.
     """
@@ -139,6 +141,7 @@ class Sweep:
     def __init__(self, grid: Grid, directory: Path, settings: Settings) -> None:
         if settings.ray is not None:
             check_address(settings.ray)
+        choose_place(settings.dtype, settings.device)
         self.store = Store(directory)
         self.settings = settings
         self.sources = Sources(settings.data)

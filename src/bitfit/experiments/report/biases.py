@@ -68,8 +68,21 @@ def bias_change_table(results: Results) -> Table | None:
     notes = (
         "Mean absolute change of a bias vector's values, in thousandths, mean over the seeds at "
         "the chosen rate (the paper's Figure 1). JSON has the values as they are.",
+        *([note] if (note := rounding_note(results)) else []),
     )
     return Table("change", "How far each bias moved", columns, tuple(rows), notes, heads=3)
+
+
+def rounding_note(results: Results) -> str:
+    """Return what is to be said of b_k where products were rounded; empty: they were not."""
+    found = {str((r.get("environment") or {}).get("dtype", "fp32")) for r in results.done}
+    if not (rounded := sorted(found - {"fp32"})):
+        return ""
+    return (
+        f"Computed in {' and '.join(rounded)}: its rounding gives b_k a gradient where exact "
+        "arithmetic has none, and Adam makes whole steps of it, so b_k moves here. What the scores "
+        "are does not depend on b_k; in fp32 it stays."
+    )
 
 
 def _change(value: float | None, runs: tuple[str, ...] = ()) -> Cell:

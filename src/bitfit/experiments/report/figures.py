@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bitfit.experiments.report.biases import heat_maps
+from bitfit.experiments.report.biases import heat_maps, rounding_note
 from bitfit.experiments.report.course import is_degenerate
 from bitfit.experiments.report.curves import Crossing, Curve, crossings, learning_curves
 from bitfit.experiments.report.differences import Comparison, Draws, to_reference
@@ -312,13 +312,15 @@ def _strip(axes: Any, place: int, runs: Sequence[dict[str, Any]], metric: str) -
 
 def _heat_maps(results: Results) -> list[Drawing]:
     drawings = []
+    note = rounding_note(results)
     for line, task, changes in heat_maps(results):
         title = f"{task_title(task)}, {results.label(line)}: change of each bias"
         top = 1000 * max(entry["mean_abs"] for entry in changes)
         drawings.append(Drawing(
             _key(f"change-{task}", line.base, results), title,
             "Terms in rows, layers in columns, the largest total change on top: the mean absolute "
-            f"change of the values of a bias, mean over the seeds; at most {top:.1f} thousandths.",
+            f"change of the values of a bias, mean over the seeds; at most {top:.1f} thousandths."
+            f"{note and ' '}{note}",
             "change", draw_bias_change(changes, title=title),
         ))  # fmt: skip
     return drawings
