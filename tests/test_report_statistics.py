@@ -168,6 +168,24 @@ def test_one_seed_can_say_noise_but_not_ahead():
     assert difference_of(low, low).word == "within noise"
 
 
+def test_two_seeds_that_disagree_on_how_much_are_too_few_and_no_noise():
+    """Student's interval of two is 13 times the error wide: it says nothing, and not that all is
+    noise."""
+    low = runs_of(0.0, [0, 1])
+    high = (
+        {s: d + g for (s, d), g in zip(low[0].items(), (0.2, 0.4), strict=True)},
+        {s: v + g for (s, v), g in zip(low[1].items(), (0.2, 0.4), strict=True)},
+    )
+    found = difference_of(high, low)
+    assert found.low < 0 < found.high
+    assert found.word == "too few seeds"
+    near = (
+        {s: d + g for (s, d), g in zip(low[0].items(), (-0.2, 0.4), strict=True)},
+        {s: v + g for (s, v), g in zip(low[1].items(), (-0.2, 0.4), strict=True)},
+    )
+    assert difference_of(near, low).word == "within noise"
+
+
 def test_only_seeds_that_both_have_are_compared():
     high, low = runs_of(0.2, [0, 1, 2]), runs_of(0.0, [1, 2, 3])
     found = difference_of(high, low)

@@ -194,6 +194,7 @@ def correction_note(comparisons: Sequence[Comparison], resamples: int) -> str:
         f"The intervals hold together at 95 %: corrected for {count} comparison"
         f"{'s' if count != 1 else ''} (Bonferroni), {resamples:,} resamples. 'ahead', 'behind': "
         "zero is outside. 'one seed only': zero is outside, but another seed may turn it. "
+        "'too few seeds': zero is inside only because so few seeds do not say how far they spread. "
         "'not known': no predictions and fewer than two seeds, or an undefined score."
     )
 

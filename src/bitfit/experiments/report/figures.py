@@ -27,6 +27,7 @@ WORD_STYLES = {
     "ahead": ("#0072B2", "o"),
     "behind": ("#D55E00", "s"),
     "within noise": ("#5A5A5A", "D"),
+    "too few seeds": ("#CC79A7", "v"),
     "one seed only": ("#8A7A00", "^"),
     "not known": ("#999999", "x"),
 }

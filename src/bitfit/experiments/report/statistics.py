@@ -23,7 +23,7 @@ from scipy import stats
 
 from bitfit.experiments.report.scorers import Floats, Scorer
 
-Word = Literal["ahead", "behind", "within noise", "one seed only", "not known"]
+Word = Literal["ahead", "behind", "within noise", "too few seeds", "one seed only", "not known"]
 RESAMPLES = 2000
 ALPHA = 0.05
 _SEED = 2022
@@ -42,7 +42,8 @@ class Difference:
     """The upper end."""
     word: Word
     """``ahead``, ``behind``, ``within noise``; ``one seed only``: other examples would not turn it,
-    another seed may; ``not known``: nothing to judge by."""
+    another seed may; ``too few seeds``: zero is inside only as these few seeds do not say how far
+    they spread; ``not known``: nothing to judge by."""
     basis: str
     """What was drawn again: ``examples and seeds``, ``examples``, ``seeds`` or nothing."""
     seeds: int
@@ -184,4 +185,6 @@ def _judge(
     if low > 0 or high < 0:
         word = "ahead" if low > 0 else "behind"
         word = word if seeds > 1 else "one seed only"
+    elif abs(value) > quantile(math.inf, many) * error:
+        word = "too few seeds"
     return Difference(value, low, high, word, basis, seeds, paired)

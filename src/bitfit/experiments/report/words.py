@@ -122,7 +122,7 @@ def _noise_of(results: Results, task: str, found: Sequence[Comparison]) -> str:
         if math.isfinite(d.low):
             shown += f", {points(d.low, signed=True)} to {points(d.high, signed=True)}"
         groups.setdefault(d.word, []).append(f"{results.label(c.line)} ({shown})")
-    words = ("ahead", "behind", "within noise", "one seed only", "not known")
+    words = ("ahead", "behind", "within noise", "too few seeds", "one seed only", "not known")
     parts = [f"{word}: {', '.join(groups[word])}" for word in words if word in groups]
     base = f", {results.bases[found[0].line.base]}" if len(results.bases) > 1 else ""
     reference = results.experiment.get("reference_row")
