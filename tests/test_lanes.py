@@ -3,12 +3,14 @@
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import plain_kernels
 import pytest
 import torch
 from test_encoder import make_batch
 from test_training import make_lane
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfit.batches import make_features
 from bitfit.dropout import DropoutBits, StepDropout
@@ -306,6 +308,41 @@ def test_a_pass_of_lanes_is_bounded_in_tokens(most, passes, open_tiny, monkeypat
     trainer = Trainer(encoder=encoder, method=make_method(encoder, lanes, 1), lanes=lanes)
     shares = [Share(make_batch([n] * 3), 1.0) for n in (4, 4, 30, 4)]
     assert [part.stop - part.start for part in trainer._passes(shares)] == passes
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that a device would have to launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_many_lanes_launches_no_more_than_one_of_few(open_tiny, monkeypatch):
+    """In the form of a GPU: each kernel is one call, for any number of lanes."""
+    kernels = SimpleNamespace(
+        PackedAttention=SimpleNamespace(apply=lambda q, k, v, where, scaling: q + k + v),
+        Dropped=SimpleNamespace(apply=lambda x, *rest: x * 1),
+        drop=lambda x, *rest: x,
+    )
+    monkeypatch.setitem(sys.modules, "bitfit.kernels", kernels)
+    monkeypatch.setattr("bitfit.training.train.has_kernels", lambda device: True)
+    monkeypatch.setattr(RowIndex, "sum_by_row", RowIndex._sum_segments)
+    encoder, found = open_tiny(), []
+    for number in (2, 12):
+        lanes = [make_lane(encoder, seed=i) for i in range(number)]
+        method = make_method(encoder, lanes, number)
+        steps = Trainer(encoder=encoder, method=method, lanes=lanes).steps_only()
+        next(steps)
+        with Counted() as counted:
+            next(steps)
+        found.append(counted.count)
+    few, many = found
+    assert many < 1.1 * few
 
 
 def test_lanes_that_train_the_pooler_never_wait_for_the_device(open_tiny, monkeypatch):
