@@ -247,24 +247,39 @@ def test_dropout_leaves_torch_global_generator_alone(open_tiny):
         assert torch.equal(torch.rand(3), expected)
 
 
-def test_tf32_is_fp32_for_the_time_of_a_pass_only(open_tiny, monkeypatch):
+@pytest.fixture(params=["none", "ieee", "tf32"])
+def switch(request):
+    """What torch has for the precision of a GPU's products, as somebody has left it."""
+    found = torch.backends.cuda.matmul
+    usual, found.fp32_precision = found.fp32_precision, request.param
+    yield found
+    found.fp32_precision = usual
+
+
+def test_tf32_is_fp32_for_the_time_of_a_pass_only(switch, open_tiny):
     """torch has one switch for the process; it is turned back, also where a pass fails."""
-    turned = []
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", turned.append)
+    before = switch.fp32_precision
     encoder = open_tiny(tf32=True)
     assert encoder.precision == "tf32"
     assert encoder.dtype == torch.float32
     with encoder.exactness():  # a CPU has no such thing
-        assert turned == []
+        assert switch.fp32_precision == before
     encoder.device = torch.device("cuda", 0)
     with encoder.exactness():
-        assert turned == ["high"]
-    assert turned == ["high", "medium"]
+        assert switch.fp32_precision == "tf32"
+    assert switch.fp32_precision == before
     encoder.tf32 = False
-    with pytest.raises(RuntimeError, match="in a pass"), encoder.exactness():
-        raise RuntimeError("in a pass")
-    assert turned[2:] == ["highest", "medium"]
+    during = []
+
+    def failing_pass():
+        with encoder.exactness():
+            during.append(switch.fp32_precision)
+            raise RuntimeError("in a pass")
+
+    with pytest.raises(RuntimeError, match="in a pass"):
+        failing_pass()
+    assert during == ["ieee"]
+    assert switch.fp32_precision == before
 
 
 def test_tf32_is_refused_where_there_is_no_gpu(checkpoint):

@@ -127,12 +127,14 @@ class Encoder:
         if self.device.type != "cuda":
             yield
             return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        # Not torch.get_float32_matmul_precision, which fails once somebody used this newer switch.
+        switch: Any = torch.backends.cuda.matmul
+        before = switch.fp32_precision
+        switch.fp32_precision = "tf32" if self.tf32 else "ieee"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            switch.fp32_precision = before
 
     @property
     def low_memory(self) -> bool:

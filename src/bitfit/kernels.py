@@ -249,11 +249,11 @@ def _numbers(q: Tensor, where: Where, scaling: float) -> tuple[int, int, int, fl
 
 
 def _options(q: Tensor, where: Where) -> dict[str, Any]:
-    exact = torch.get_float32_matmul_precision() == "highest"
+    switch: Any = torch.backends.cuda.matmul
+    precision = "tf32" if switch.fp32_precision == "tf32" else "ieee"
     block, width = _sizes(q)
     return {
-        "BLOCK": block, "DIM": width,
-        "DROPS": where.draws is not None, "PRECISION": "ieee" if exact else "tf32",
+        "BLOCK": block, "DIM": width, "DROPS": where.draws is not None, "PRECISION": precision,
         "num_stages": 1,  # most sequences are one or two blocks long: nothing to fetch ahead
     }  # fmt: skip
 
