@@ -10,7 +10,7 @@ from bitfit.bank import Layout
 from bitfit.base import choose_device, classifier_dropout, encoder_tensors, load_base
 from bitfit.batches import Feature, pack
 from bitfit.dropout import DropoutBits, StepDropout
-from bitfit.encoder import Encoder, measure_precision, open_encoder
+from bitfit.encoder import Encoder, measure_precision, open_encoder, precision_here
 from bitfit.errors import BaseModelError, MissingExtra, UsageError
 
 FAMILIES = [family for family in CONFIGS if family != "modernbert"]
@@ -280,6 +280,12 @@ def test_tf32_is_fp32_for_the_time_of_a_pass_only(switch, open_tiny):
         failing_pass()
     assert during == ["ieee"]
     assert switch.fp32_precision == before
+
+
+def test_a_recorded_tf32_is_fp32_where_there_is_no_gpu():
+    assert [precision_here(name, "cpu") for name in ("tf32", "bf16", "fp32", "auto")] == [
+        "fp32", "bf16", "fp32", "auto",
+    ]  # fmt: skip
 
 
 def test_tf32_is_refused_where_there_is_no_gpu(checkpoint):

@@ -1,6 +1,7 @@
 """Dropout of many runs as a GPU takes it: each run's masks are its own, in any company."""
 
 import sys
+from types import SimpleNamespace
 
 import plain_kernels
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import parts_of
 
-from bitfit.fused_dropout import FusedDropout, has_kernels, threshold_of
+from bitfit.fused_dropout import FusedDropout, _can_launch, has_kernels, threshold_of
 
 CPU = torch.device("cpu")
 HEADS, WIDTH = 2, 6
@@ -107,8 +108,23 @@ def test_a_layer_that_is_computed_again_draws_the_same():
 
 
 def test_kernels_are_for_gpus(monkeypatch):
-    monkeypatch.setattr("bitfit.fused_dropout._has_triton", lambda: True)
+    monkeypatch.setattr("bitfit.fused_dropout._can_launch", lambda device: True)
     assert has_kernels(torch.device("cuda", 0))
     assert not has_kernels(CPU)
-    monkeypatch.setattr("bitfit.fused_dropout._has_triton", lambda: False)
+    monkeypatch.setattr("bitfit.fused_dropout._can_launch", lambda device: False)
     assert not has_kernels(torch.device("cuda", 0))
+
+
+def test_kernels_that_cannot_be_compiled_are_a_warning_with_the_reason(monkeypatch):
+    """Without a C compiler Triton is there and does not run: training goes on by other means."""
+
+    def drop(*arguments):
+        raise RuntimeError("Failed to find C compiler\nand more")
+
+    monkeypatch.setitem(sys.modules, "bitfit.kernels", SimpleNamespace(drop=drop))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    device = torch.device("meta")
+    with pytest.warns(RuntimeWarning, match=r"\(Failed to find C compiler\): training there"):
+        assert not _can_launch.__wrapped__(device)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not _can_launch.__wrapped__(device)

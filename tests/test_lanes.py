@@ -310,6 +310,20 @@ def test_a_pass_of_lanes_is_bounded_in_tokens(most, passes, open_tiny, monkeypat
     assert [part.stop - part.start for part in trainer._passes(shares)] == passes
 
 
+def test_without_kernels_a_gpu_draws_for_batches_that_are_there(open_tiny, monkeypatch):
+    """Attention is laid out where the batch is; the batches of lanes are made on the CPU."""
+    monkeypatch.setattr("bitfit.training.train.has_kernels", lambda device: False)
+    encoder = open_tiny()
+    lanes = [make_lane(encoder, seed=i) for i in range(2)]
+    trainer = Trainer(encoder=encoder, method=make_method(encoder, lanes, 2), lanes=lanes)
+    encoder.device = torch.device("meta")
+    batch = lanes[0].next_batch()
+    masks = trainer._masks([(DropoutBits(0, 1, encoder.device), batch)] * 2)
+    assert [own.lengths.device.type for own in masks.batches] == ["meta", "meta"]
+    parts = masks.attention(batch.to(encoder.device), 2, 0.1)
+    assert len(parts) == 2  # one by one
+
+
 class Counted(TorchDispatchMode):
     """Counts operations that a device would have to launch."""
 

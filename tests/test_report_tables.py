@@ -277,6 +277,10 @@ def test_where_products_were_rounded_the_movement_of_b_k_is_explained(dtype, sai
     sample.done("BitFit", RTE, change=EIGHT, environment={"dtype": dtype})
     notes = " ".join(tables_of(sample)["change"].notes)
     assert (f"Computed in {dtype}" in notes) == said
+    less = Sample(tmp_path / "less", rows=["BitFit"], tasks=["rte"])
+    rest = [term for term in EIGHT if term != "key"]
+    less.done("BitFit", RTE, change=rest, environment={"dtype": dtype})
+    assert "Computed in" not in " ".join(tables_of(less)["change"].notes)
 
 
 def test_leaving_out_a_term_is_checked_against_the_theory(tmp_path):

@@ -12,6 +12,7 @@ import bitfit
 from bitfit.base import encoder_tensors, load_base
 from bitfit.batches import make_features
 from bitfit.calibration import expected_calibration_error, fit_temperature, probabilities
+from bitfit.cli.scoring import trained_dtype
 from bitfit.errors import (
     BitfitError,
     DataError,
@@ -872,6 +873,13 @@ def test_class_weights_are_refused_where_they_would_be_ignored(checkpoint, tmp_p
     path.write_text("text,label\n" + "good film,1.5\nbad bike,0.5\n" * 5, encoding="utf-8")
     with pytest.raises(UsageError, match="is regression: leave it out"):
         bitfit.finetune(checkpoint(), data=path, class_weights="balanced")
+
+
+def test_a_base_opened_in_tf32_is_as_good_as_fp32_where_that_is_the_default(open_tiny, tickets):
+    outcome = bitfit.finetune(open_tiny(tf32=True), data=tickets, recipe="paper", epochs=1)
+    assert outcome.file.recipe["dtype"] == "tf32"
+    assert trained_dtype(outcome.file, "auto", "cpu") == "fp32"
+    assert trained_dtype(outcome.file, "bf16", "cpu") == "bf16"
 
 
 def test_an_open_encoder_of_another_precision_is_refused(open_tiny, tickets):

@@ -55,6 +55,8 @@ PRECISIONS = {**DTYPES, "tf32": torch.float32}
 """All that can be asked for, by name. tf32: fp32 whose products a GPU rounds to 10 bits."""
 # A probe passes below this, relative to the largest value. Rounding gives 1e-6, a fault 1e-1.
 PROBE_TOLERANCE = 1e-4
+# Held while torch's switch for the products of GPUs is turned.
+_SWITCHED = threading.RLock()
 
 
 class Encoder:
@@ -117,24 +119,31 @@ class Encoder:
         """The name of what it computes in, among :data:`PRECISIONS`."""
         return "tf32" if self.tf32 else dtype_name(self.dtype)
 
+    @property
+    def computes_in(self) -> str:
+        """What it computes in, as reports and files say it: a type of torch's, or ``tf32``."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
     @contextmanager
     def exactness(self) -> Iterator[None]:
         """Return a context in which a GPU's fp32 products are as exact as this precision says.
 
         torch has one switch for the whole process, so it is turned for the time of a pass, and back
-        after it: an encoder of another precision, and the caller's own products, keep theirs.
+        after it: the caller's own products keep theirs. Passes of other threads on GPUs wait, as
+        they may be of another precision.
         """
         if self.device.type != "cuda":
             yield
             return
         # Not torch.get_float32_matmul_precision, which fails once somebody used this newer switch.
         switch: Any = torch.backends.cuda.matmul
-        before = switch.fp32_precision
-        switch.fp32_precision = "tf32" if self.tf32 else "ieee"
-        try:
-            yield
-        finally:
-            switch.fp32_precision = before
+        with _SWITCHED:
+            before = switch.fp32_precision
+            switch.fp32_precision = "tf32" if self.tf32 else "ieee"
+            try:
+                yield
+            finally:
+                switch.fp32_precision = before
 
     @property
     def low_memory(self) -> bool:
@@ -247,7 +256,7 @@ class Encoder:
             return first
         assert self.pooler is not None  # make_head has seen to it
         first = first.to(self.dtype)
-        with self._lock:
+        with self._lock, self.exactness():
             self.state.shifts, self.state.holds_base = shifts, holds_base
             if index is not None:
                 each = None
@@ -353,13 +362,14 @@ class Encoder:
     def _probe_packing(self) -> bool:
         """Whether packed sequences give what padded ones do, tried on a probe batch."""
         batch = self._probe_batch()
-        self._set_attention(packed=False)
-        expected = self._run_padded(batch, None)
-        try:
-            self._set_attention(packed=True)
-            found = self._run_packed(batch, None)
-        except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
-            return False
+        with self.exactness():
+            self._set_attention(packed=False)
+            expected = self._run_padded(batch, None)
+            try:
+                self._set_attention(packed=True)
+                found = self._run_packed(batch, None)
+            except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
+                return False
         return _near(found, expected)
 
     @torch.no_grad()
@@ -459,12 +469,23 @@ def choose_place(dtype: str, device: str) -> torch.device:
     if dtype not in ("auto", *PRECISIONS):
         raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(PRECISIONS)}")
     place = choose_device(device)
-    if dtype == "tf32" and place.type != "cuda":
+    if dtype == "tf32" and not _has_tf32(place):
         raise UsageError(
             f"dtype 'tf32' is a form of product that NVIDIA's GPUs have (Ampere and newer), and "
             f"this is to run on {place}: use fp32, bf16 or auto"
         )
     return place
+
+
+def precision_here(dtype: str, device: str = "auto") -> str:
+    """Return a recorded precision as ``device`` has it: fp32 for tf32 where there is none."""
+    return "fp32" if dtype == "tf32" and not _has_tf32(choose_device(device)) else dtype
+
+
+def _has_tf32(place: torch.device) -> bool:
+    if place.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(place) >= (8, 0)
 
 
 def open_encoder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,13 +20,36 @@ _HIDDEN, _HEAD = 1 << 20, 1 << 21
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Return whether the kernels run there: on a GPU, with the Triton that torch brings for it."""
-    return device.type == "cuda" and _has_triton()
+    """Return whether the kernels run there: on a GPU, with the Triton that torch brings for it.
+
+    Triton compiles them when they are first used, for which it wants a C compiler with Python's
+    headers, and a folder it may write to. Where it cannot, a warning says why.
+    """
+    return device.type == "cuda" and _can_launch(device)
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _can_launch(device: torch.device) -> bool:
+    """Return whether a kernel can be launched on a GPU, tried once."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from bitfit.kernels import drop
+
+        draws = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        drop(torch.zeros(1, 16, device=device), draws, 0, 0, 0)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of Triton, a compiler or the driver: training goes on without
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(
+            f"Triton cannot compile bitfit's kernels for {device} ({reason[0]}): training there is "
+            "slower. It needs a C compiler, Python's headers, and a cache folder it may write to "
+            "(TRITON_CACHE_DIR)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def threshold_of(rate: float) -> int:

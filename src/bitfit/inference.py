@@ -70,13 +70,14 @@ def compute_logits(
             if isinstance(rows, Bank)
             else layout.split(rows[used].float() + base)
         )
-        logits = mixed_logits(
-            encoder,
-            [features[i] for i in chosen],
-            biases,
-            [heads[row] for row in used],
-            [number[index[i]] for i in chosen],
-        )
+        with encoder.exactness():
+            logits = mixed_logits(
+                encoder,
+                [features[i] for i in chosen],
+                biases,
+                [heads[row] for row in used],
+                [number[index[i]] for i in chosen],
+            )
         for place, values in zip(chosen, logits, strict=True):
             found[place] = values
     return found

@@ -15,6 +15,8 @@ Importing this module imports Triton, which comes with torch's builds for CUDA.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +26,10 @@ from torch import Tensor
 
 from bitfit.fused_dropout import Where
 
-# Numbers of a block of queries, or of keys, that a program has at a time: what fits on a chip.
-BLOCK_NUMBERS = 64 * 64
+# Numbers of a block of queries, or of keys, that a program has at a time. The backward pass needs
+# 98,816 bytes of a multiprocessor's shared memory with the larger ones, 49,152 with the smaller.
+BLOCK_NUMBERS, SMALL_BLOCK_NUMBERS = 64 * 64, 32 * 64
+LEAST_SHARED_MEMORY = 98_816
 
 
 @triton.jit
@@ -182,7 +186,7 @@ def _attend_backward_keys(  # type: ignore[no-untyped-def]
         _store(GRAD_V + base, grad_v, columns, dims, length, head_dim, stride)
 
 
-@triton.jit(do_not_specialize=["kind", "site", "threshold"])
+@triton.jit(do_not_specialize=["rows", "kind", "site", "threshold"])
 def _drop(  # type: ignore[no-untyped-def]
     X, OUT, DRAWS, rows, width, kind, site, threshold, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -206,10 +210,12 @@ class PackedAttention(torch.autograd.Function):
         q, k, v = (x.contiguous() for x in (q, k, v))
         out = torch.empty_like(q)
         log_sums = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        ctx.options = _options(q, where)
-        _attend[_grid(q, where)](
-            q, k, v, out, log_sums, *_places(q, where), *_numbers(q, where, scaling), **ctx.options
-        )
+        ctx.options = _options(q)
+        ctx.options["DROPS"] = where.draws is not None
+        with launching_on(q.device):
+            _attend[_grid(q, where)](
+                q, k, v, out, log_sums, *_places(where), *_numbers(q, where, scaling), **ctx.options
+            )
         ctx.save_for_backward(q, k, v, out, log_sums)
         ctx.where, ctx.scaling = where, scaling
         return out
@@ -220,13 +226,21 @@ class PackedAttention(torch.autograd.Function):
         q, k, v, out, log_sums = ctx.saved_tensors
         grad, where = grads[0].contiguous(), ctx.where
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-        rest = *_places(q, where), *_numbers(q, where, ctx.scaling)
+        rest = *_places(where), *_numbers(q, where, ctx.scaling)
         grid = _grid(q, where)
-        _attend_backward_queries[grid](q, k, v, out, grad, log_sums, grad_q, *rest, **ctx.options)
-        _attend_backward_keys[grid](
-            q, k, v, out, grad, log_sums, grad_k, grad_v, *rest, **ctx.options
-        )
+        with launching_on(q.device):
+            _attend_backward_queries[grid](
+                q, k, v, out, grad, log_sums, grad_q, *rest, **ctx.options
+            )
+            _attend_backward_keys[grid](
+                q, k, v, out, grad, log_sums, grad_k, grad_v, *rest, **ctx.options
+            )
         return grad_q, grad_k, grad_v, None, None
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which Triton launches on ``device``: it takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _grid(q: Tensor, where: Where) -> tuple[int, int]:
@@ -236,10 +250,19 @@ def _grid(q: Tensor, where: Where) -> tuple[int, int]:
 def _sizes(q: Tensor) -> tuple[int, int]:
     """Return how many rows a block has, and how wide it is."""
     width = max(16, triton.next_power_of_2(q.shape[2]))
-    return max(16, min(64, BLOCK_NUMBERS // width)), width
+    return max(16, min(64, _block_numbers(q.device) // width)), width
 
 
-def _places(q: Tensor, where: Where) -> tuple[Tensor, Tensor, Tensor]:
+@cache
+def _block_numbers(device: torch.device) -> int:
+    if device.type != "cuda":
+        return BLOCK_NUMBERS
+    properties: Any = torch.cuda.get_device_properties(device)
+    shared = properties.shared_memory_per_block_optin
+    return BLOCK_NUMBERS if shared >= LEAST_SHARED_MEMORY else SMALL_BLOCK_NUMBERS
+
+
+def _places(where: Where) -> tuple[Tensor, Tensor, Tensor]:
     draws = where.lengths if where.draws is None else where.draws  # read only where it drops
     return where.starts, where.lengths, draws
 
@@ -248,12 +271,12 @@ def _numbers(q: Tensor, where: Where, scaling: float) -> tuple[int, int, int, fl
     return len(where.lengths), q.shape[1], q.shape[2], scaling, where.site
 
 
-def _options(q: Tensor, where: Where) -> dict[str, Any]:
+def _options(q: Tensor) -> dict[str, Any]:
     switch: Any = torch.backends.cuda.matmul
     precision = "tf32" if switch.fp32_precision == "tf32" else "ieee"
     block, width = _sizes(q)
     return {
-        "BLOCK": block, "DIM": width, "DROPS": where.draws is not None, "PRECISION": precision,
+        "BLOCK": block, "DIM": width, "PRECISION": precision,
         "num_stages": 1,  # most sequences are one or two blocks long: nothing to fetch ahead
     }  # fmt: skip
 
@@ -288,7 +311,9 @@ def drop(x: Tensor, draws: Tensor, kind: int, site: int, threshold: int) -> Tens
     x = x.contiguous()
     out = torch.empty_like(x)
     rows, width = x.shape
+    assert draws.shape == (2, rows)
     block = min(1024, triton.next_power_of_2(width))
     grid = rows, triton.cdiv(width, block)
-    _drop[grid](x, out, draws, rows, width, kind, site, threshold, BLOCK=block)
+    with launching_on(x.device):
+        _drop[grid](x, out, draws, rows, width, kind, site, threshold, BLOCK=block)
     return out

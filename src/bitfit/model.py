@@ -275,7 +275,7 @@ def load(
     Args:
         files: one path or several.
         base: where the base is; None takes the name that the first file gives.
-        dtype: precision of the frozen weights: ``fp32``, ``bf16``, ``auto``.
+        dtype: precision of the frozen weights: ``fp32``, ``bf16``, ``tf32``, ``auto``.
         device: ``auto``, ``cpu``, ``cuda``.
         storage: how biases are kept in memory: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
 

@@ -313,10 +313,17 @@ Dtype: TypeAlias = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+BenchDtype: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="Precision of ours: fp32, bf16, or auto: the faster here.",
+        rich_help_panel=MACHINE,
+    ),
+]  # fmt: skip
 FileDtype: TypeAlias = Annotated[
     str,
     typer.Option(
-        "--dtype", help="fp32, bf16, or auto: the precision it was trained in.",
+        "--dtype", help="fp32, bf16, tf32, or auto: the precision it was trained in.",
         rich_help_panel=MACHINE,
     ),
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from bitfit.cli import console, options
 from bitfit.data import DataConfig, dataset_hash, hold_out, read_dataset, take_limit
 from bitfit.data.files import find_files
-from bitfit.encoder import DTYPES, open_encoder
+from bitfit.encoder import DTYPES, PRECISIONS, open_encoder, precision_here
 from bitfit.errors import BaseModelError, UsageError
 from bitfit.metrics import majority_score
 from bitfit.model import Model
@@ -53,12 +53,16 @@ def open_model(
     return model
 
 
-def trained_dtype(file: TaskFile, dtype: str) -> str:
-    """Return ``dtype``, for ``auto`` the precision that the file was trained in, if it says so."""
+def trained_dtype(file: TaskFile, dtype: str, device: str) -> str:
+    """Return ``dtype``, for ``auto`` the precision that the file was trained in, if it says so.
+
+    Where the device has no tf32, fp32 stands in for it.
+    """
     if dtype != "auto":
         return dtype
+    trained = str(file.recipe.get("dtype"))
     known = {str(value).removeprefix("torch."): name for name, value in DTYPES.items()}
-    return known.get(str(file.recipe.get("dtype")), "auto")
+    return precision_here(known.get(trained, trained if trained in PRECISIONS else "auto"), device)
 
 
 def evaluate(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def evaluate(given: Mapping[str, Any]) -> dict[str, Any]:
     file = TaskFile.load(given["file"])
     config = _data_config(file, given)
     splits, notes = _read(file, config)
-    dtype = trained_dtype(file, given["dtype"])
+    dtype = trained_dtype(file, given["dtype"], given["device"])
     model = open_model(
         [file], given["base"], dtype=dtype, device=given["device"], threads=given["threads"]
     )
@@ -82,7 +86,7 @@ def evaluate(given: Mapping[str, Any]) -> dict[str, Any]:
         "majority": majority_score(file.task, references(examples)),
         "trained_scores": file.scores, "split": given["split"], "rows": len(examples),
         "notes": notes, "base": file.base.name,
-        "dtype": str(model.encoder.dtype).removeprefix("torch."),
+        "dtype": model.encoder.computes_in,
         "device": model.encoder.device.type, "seconds": time.perf_counter() - began,
         "file": str(given["file"]),
     }  # fmt: skip

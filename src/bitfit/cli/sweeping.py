@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from bitfit.cli import console, options
 from bitfit.cluster import connected
-from bitfit.encoder import open_encoder
+from bitfit.encoder import open_encoder, precision_here
 from bitfit.errors import DataError, UsageError
 from bitfit.experiments.answers import restore_answers
 from bitfit.experiments.dry_run import dry_run as plan_sweep
@@ -409,7 +409,7 @@ def _submit(store: Store, data: Path, folder: Path, quiet: bool) -> list[dict[st
     best = best_files(store)
     if not best:
         raise UsageError(f"{store.directory} has no finished run of bias tuning on a GLUE task")
-    dtype = store.experiment()["conditions"]["dtype"]
+    dtype = precision_here(store.experiment()["conditions"]["dtype"])
     for number, (base, files) in enumerate(best.items(), 1):
         place = folder / ("submission" if len(best) == 1 else f"submission-{number}")
         encoder = open_encoder(base, dtype)

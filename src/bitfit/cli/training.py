@@ -281,7 +281,7 @@ def _headline(event: RunStarted) -> str:
 def _how_it_runs(event: RunStarted) -> str:
     encoder = event.encoder
     padded = "" if encoder.packed else ", in padded batches: packing does not hold for this family"
-    dtype = str(encoder.dtype).removeprefix("torch.")
+    dtype = encoder.computes_in
     return f"{dtype} on {encoder.device.type}{padded}"
 
 
@@ -325,7 +325,7 @@ def plan(given: Mapping[str, Any]) -> dict[str, Any]:
         "sources": {split: list(files) for split, files in dataset.sources.items()},
         "truncated_share": lane.train.features.truncated_share,
         "base": encoder.base.name, "packed": encoder.packed,
-        "dtype": str(encoder.dtype).removeprefix("torch."), "device": encoder.device.type,
+        "dtype": encoder.computes_in, "device": encoder.device.type,
         "threads": torch.get_num_threads(),
         "trainable": {"encoder": event.encoder_count, "head": lane.head.size},
         "steps": lane.total_steps, "runs": len(event.lanes), "config": lane.config.to_json(),

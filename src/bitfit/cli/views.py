@@ -73,11 +73,11 @@ def check_probes(file: TaskFile, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not file.probes:
         raise UsageError(f"{given['file']}: holds no probes, so there is nothing to check against")
-    dtype = trained_dtype(file, given["dtype"])
+    dtype = trained_dtype(file, given["dtype"], given["device"])
     model = open_model(
         [file], given["base"], dtype=dtype, device=given["device"], threads=given["threads"]
     )
-    is_rounded = model.encoder.dtype != torch.float32 or file.dtype != "fp32"
+    is_rounded = model.encoder.computes_in != "float32" or file.dtype != "fp32"
     is_rounded = is_rounded or file.recipe.get("dtype") not in (None, "float32")
     tolerance = TOLERANCES["bf16" if is_rounded else "fp32"]
     probes = [
@@ -90,7 +90,7 @@ def check_probes(file: TaskFile, given: Mapping[str, Any]) -> dict[str, Any]:
     ]
     return {
         "passed": all(p["passed"] for p in probes), "tolerance": tolerance,
-        "dtype": str(model.encoder.dtype).removeprefix("torch."), "probes": probes,
+        "dtype": model.encoder.computes_in, "probes": probes,
     }  # fmt: skip
 
 

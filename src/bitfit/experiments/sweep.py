@@ -102,8 +102,8 @@ class Settings:
     command: str = ""
     """The command that asked for it, written into the experiment."""
     dtype: str = "auto"
-    """Precision of the frozen weights: ``fp32``, ``bf16``, ``auto`` (fp32 for the paper's recipe
-    and where matrices are trained)."""
+    """Precision of the frozen weights: ``fp32``, ``bf16``, ``tf32``, ``auto`` (fp32 for the
+    paper's recipe and where matrices are trained)."""
     device: str = "auto"
     threads: int | None = None
     lanes: int | str = "auto"

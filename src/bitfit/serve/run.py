@@ -71,7 +71,7 @@ def describe_base(encoder: Encoder) -> dict[str, Any]:
         "name": encoder.base.name,
         "sha256": encoder.base.identity.sha256,
         "family": encoder.base.family,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "dtype": encoder.computes_in,
         "device": str(encoder.device),
         "packed": encoder.packed,
     }

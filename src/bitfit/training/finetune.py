@@ -101,7 +101,8 @@ def finetune(
         recipe: ``"default"`` or ``"paper"``.
         name: what the task is called; by default after the built-in task or the data file.
         storage: how the file keeps its biases: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
-        dtype: precision of the frozen weights: ``fp32``, ``bf16``, or ``auto``: measured.
+        dtype: precision of the frozen weights: ``fp32``, ``bf16``, ``tf32`` (fp32 with the products
+            of a GPU rounded), or ``auto``: measured.
         device: ``auto``, ``cpu``, ``cuda``.
         revision: branch, tag or commit of a base on the hub.
         trust_remote_code: run code that comes with the base. Only where you trust its author.
@@ -143,7 +144,7 @@ def finetune(
         on_event(DataRead(dataset))
     check_rates(rates, dataset.splits)
     task = dataset.task if name is None else dataclasses.replace(dataset.task, name=name)
-    dtype = _precision(dtype, before, config)
+    dtype = _precision(dtype, before, config, base)
     encoder, processes = _open(base, dtype, own_device(device), revision, trust_remote_code)
     check_dtype(encoder, dtype)
     encoder.low_memory = low_memory
@@ -187,12 +188,16 @@ def finetune(
     )  # fmt: skip
 
 
-def _precision(dtype: str, before: Mapping[str, Any], config: TrainConfig) -> str:
+def _precision(
+    dtype: str, before: Mapping[str, Any], config: TrainConfig, base: str | Encoder
+) -> str:
     """Return what a run computes in, before anything is measured: that of the run it goes on."""
     if dtype == "auto" and "dtype" in before:
         return str(before["dtype"])
     if dtype == "auto" and (config.recipe == "paper" or config.method not in ROW_METHODS):
-        return "fp32"  # part of the paper's recipe, and of methods that train matrices
+        # Part of the paper's recipe, and of methods that train matrices; whoever has opened the
+        # base in tf32 has chosen how its products are done.
+        return "tf32" if isinstance(base, Encoder) and base.tf32 else "fp32"
     return dtype
 
 

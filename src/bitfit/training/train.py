@@ -128,6 +128,8 @@ class Trainer:
         self.checkpoint, self.processes = checkpoint, processes
         whole = {**_common([lane.identity for lane in lanes]), **(identity or {})}
         whole |= {"lanes": method.slots}
+        if encoder.packed and has_kernels(encoder.device):
+            whole["masks"] = "kernels"  # other masks for a seed than without them
         if processes.count > 1:
             whole["processes"] = processes.count
         # Through JSON, so that it compares equal to what a checkpoint gives back.
@@ -214,8 +216,8 @@ class Trainer:
         ]
         losses: list[Tensor] = []
         for part in self._passes(shares):
-            own = self._losses(running[part], shares[part], bits[part])
             with self.encoder.exactness():
+                own = self._losses(running[part], shares[part], bits[part])
                 torch.stack(own).sum().backward()
             losses += (loss.detach() for loss in own)
         self.method.after_backward()
@@ -278,7 +280,7 @@ class Trainer:
         device = self.encoder.device
         if self.encoder.packed and has_kernels(device):
             return FusedDropout(parts, device)
-        return StepDropout(parts)
+        return StepDropout([(bits, batch.to(device)) for bits, batch in parts])
 
     def _drop_diverged(
         self, running: Sequence[tuple[int, Lane]], done: StepDone

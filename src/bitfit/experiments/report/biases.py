@@ -74,8 +74,12 @@ def bias_change_table(results: Results) -> Table | None:
 
 
 def rounding_note(results: Results) -> str:
-    """Return what is to be said of b_k where products were rounded; empty: they were not."""
-    found = {str((r.get("environment") or {}).get("dtype", "fp32")) for r in results.done}
+    """Return what is to be said of b_k where it was trained with rounded products, else nothing."""
+    found = {
+        str((record.get("environment") or {}).get("dtype", "fp32"))
+        for record in results.done
+        if any(entry["term"] == "key" for entry in record.get("change") or ())
+    }
     if not (rounded := sorted(found - {"fp32"})):
         return ""
     return (
