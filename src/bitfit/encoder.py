@@ -55,7 +55,7 @@ PRECISIONS = {**DTYPES, "tf32": torch.float32}
 """All that can be asked for, by name. tf32: fp32 whose products a GPU rounds to 10 bits."""
 # A probe passes below this, relative to the largest value. Rounding gives 1e-6, a fault 1e-1.
 PROBE_TOLERANCE = 1e-4
-# Held while torch's switch for the products of GPUs is turned.
+# Held while torch's switch for the products of GPUs is turned. Taken before an encoder's own lock.
 _SWITCHED = threading.RLock()
 
 
@@ -193,7 +193,7 @@ class Encoder:
         """
         if index is not None and not self.mixes:
             return self._encode_by_row(batch, shifts, index, dropout, holds_base)
-        with self._lock, self.exactness():
+        with self.exactness(), self._lock:
             if self.model.training != (dropout is not None):
                 self.model.train(dropout is not None)
             self.state.shifts, self.state.dropout = shifts, dropout
@@ -256,7 +256,7 @@ class Encoder:
             return first
         assert self.pooler is not None  # make_head has seen to it
         first = first.to(self.dtype)
-        with self._lock, self.exactness():
+        with self.exactness(), self._lock:
             self.state.shifts, self.state.holds_base = shifts, holds_base
             if index is not None:
                 each = None
