@@ -10,8 +10,9 @@ from bitfit.bank import Layout
 from bitfit.base import choose_device, classifier_dropout, encoder_tensors, load_base
 from bitfit.batches import Feature, pack
 from bitfit.dropout import DropoutBits, StepDropout
-from bitfit.encoder import Encoder, measure_precision, open_encoder, precision_here
+from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BaseModelError, MissingExtra, UsageError
+from bitfit.precision import measure_precision, precision_here
 
 FAMILIES = [family for family in CONFIGS if family != "modernbert"]
 VOCABULARY = len(SPECIALS) + len(WORDS)

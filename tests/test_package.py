@@ -13,7 +13,7 @@ LAYERS = (
     {"tasks", "storage", "calibration", "rounding"},
     {"metrics", "data", "terms", "identity", "fields"},
     {"bank", "base", "batches"},
-    {"side_by_side", "dropout", "fused_dropout", "kernels", "leaves"},
+    {"precision", "side_by_side", "dropout", "fused_dropout", "kernels", "leaves"},
     {"attention", "recompute", "sharing"},
     {"encoder", "taskfile", "comparison"},
     {"heads", "inference"},

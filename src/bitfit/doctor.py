@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from bitfit.base import TRAINED_ON, choose_device, load_base, max_positions
-from bitfit.encoder import Encoder, measure_precision
+from bitfit.encoder import Encoder
+from bitfit.precision import measure_precision
 from bitfit.terms import EIGHT_TERMS, SYMBOLS, Site, choose_sites
 
 # Extra -> the modules that it brings.

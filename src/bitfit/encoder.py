@@ -12,22 +12,18 @@ import inspect
 import itertools
 import operator
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitfit.attention import PACKED
 from bitfit.bank import Layout
 from bitfit.base import (
     Base,
-    choose_device,
     classifier_dropout,
     load_base,
     max_positions,
@@ -35,7 +31,6 @@ from bitfit.base import (
     quiet_transformers,
 )
 from bitfit.batches import Batch, Feature, pack, upload
-from bitfit.errors import UsageError
 from bitfit.leaves import (
     BankedLayerNorm,
     BankedLinear,
@@ -45,18 +40,19 @@ from bitfit.leaves import (
     swap_leaves,
     swapped,
 )
+from bitfit.precision import (
+    PRECISIONS,
+    choose_place,
+    dtype_name,
+    exact_as,
+    measure_precision,
+)
 from bitfit.recompute import recompute_layers
 from bitfit.sharing import Layers, Shared, share
 from bitfit.terms import Site
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Precisions that are types of their own; ``auto`` chooses among them."""
-PRECISIONS = {**DTYPES, "tf32": torch.float32}
-"""All that can be asked for, by name. tf32: fp32 whose products a GPU rounds to 10 bits."""
 # A probe passes below this, relative to the largest value. Rounding gives 1e-6, a fault 1e-1.
 PROBE_TOLERANCE = 1e-4
-# Held while torch's switch for the products of GPUs is turned. Taken before an encoder's own lock.
-_SWITCHED = threading.RLock()
 
 
 class Encoder:
@@ -124,26 +120,12 @@ class Encoder:
         """What it computes in, as reports and files say it: a type of torch's, or ``tf32``."""
         return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
 
-    @contextmanager
-    def exactness(self) -> Iterator[None]:
-        """Return a context in which a GPU's fp32 products are as exact as this precision says.
+    def exactness(self) -> AbstractContextManager[None]:
+        """Return a context in which products are as exact as this encoder's precision says.
 
-        torch has one switch for the whole process, so it is turned for the time of a pass, and back
-        after it: the caller's own products keep theirs. Passes of other threads on GPUs wait, as
-        they may be of another precision.
+        Enter it before taking the encoder's own lock.
         """
-        if self.device.type != "cuda":
-            yield
-            return
-        # Not torch.get_float32_matmul_precision, which fails once somebody used this newer switch.
-        switch: Any = torch.backends.cuda.matmul
-        with _SWITCHED:
-            before = switch.fp32_precision
-            switch.fp32_precision = "tf32" if self.tf32 else "ieee"
-            try:
-                yield
-            finally:
-                switch.fp32_precision = before
+        return exact_as(self.device, tf32=self.tf32)
 
     @property
     def low_memory(self) -> bool:
@@ -412,11 +394,6 @@ class Encoder:
         return pack(features).to(self.device)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a precision among :data:`DTYPES`."""
-    return next(name for name, value in DTYPES.items() if value == dtype)
-
-
 def _row_count(shifts: Mapping[str, Tensor]) -> int:
     return next((len(shift) for shift in shifts.values()), 1)
 
@@ -433,59 +410,6 @@ def _stretches(index: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, 
 def _near(found: Tensor, expected: Tensor) -> bool:
     scale = expected.abs().max().clamp_min(1e-6)
     return bool((found - expected).abs().max() <= PROBE_TOLERANCE * scale)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Which precision this machine multiplies fastest in, as measured."""
-
-    dtype: torch.dtype
-    gflops: Mapping[str, float]
-    """Billions of floating-point operations per second, by precision."""
-
-
-def measure_precision(device: torch.device, hidden: int = 384, tokens: int = 512) -> Precision:
-    """Time fp32 and bf16 matrix products of the encoder's shape; takes some 50 ms.
-
-    bf16 is chosen where it is at least 1.3 times as fast: below that, its rounding buys nothing.
-    """
-    rates = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        x = torch.ones(tokens, hidden, dtype=dtype, device=device)
-        w = torch.ones(4 * hidden, hidden, dtype=dtype, device=device)
-        seconds = _best_time(lambda x=x, w=w: F.linear(x, w), device)  # type: ignore[misc]
-        rates[name] = 2 * tokens * hidden * 4 * hidden / seconds / 1e9
-    best = torch.bfloat16 if rates["bf16"] > 1.3 * rates["fp32"] else torch.float32
-    return Precision(best, rates)
-
-
-def choose_place(dtype: str, device: str) -> torch.device:
-    """Return the device that ``device`` means, once it is known to have the precision.
-
-    Raises:
-        UsageError: an unknown precision, or one that the device does not have.
-        BaseModelError: a device that is not there.
-    """
-    if dtype not in ("auto", *PRECISIONS):
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(PRECISIONS)}")
-    place = choose_device(device)
-    if dtype == "tf32" and not _has_tf32(place):
-        raise UsageError(
-            f"dtype 'tf32' is a form of product that NVIDIA's GPUs have (Ampere and newer), and "
-            f"this is to run on {place}: use fp32, bf16 or auto"
-        )
-    return place
-
-
-def precision_here(dtype: str, device: str = "auto") -> str:
-    """Return a recorded precision as ``device`` has it: fp32 for tf32 where there is none."""
-    return "fp32" if dtype == "tf32" and not _has_tf32(choose_device(device)) else dtype
-
-
-def _has_tf32(place: torch.device) -> bool:
-    if place.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(place) >= (8, 0)
 
 
 def open_encoder(
@@ -511,14 +435,3 @@ def open_encoder(
     else:
         chosen = measure_precision(place, loaded.config.hidden_size).dtype
     return Encoder(loaded, dtype=chosen, device=place, tf32=dtype == "tf32")
-
-
-def _best_time(call: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return min(times)

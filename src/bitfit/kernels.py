@@ -47,6 +47,16 @@ def _scale(threshold):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _factors(DRAWS, sequence, sequences, rows, columns, head, site):  # type: ignore[no-untyped-def]
+    """Return what a block of attention weights is multiplied with."""
+    seed = tl.load(DRAWS + sequence)
+    own = tl.load(DRAWS + sequences + sequence).to(tl.int32) + rows
+    threshold = tl.load(DRAWS + 2 * sequences + sequence).to(tl.int32)
+    kept = _kept(seed, own[:, None], columns[None, :], head, site, threshold)
+    return tl.where(kept, _scale(threshold), 0.0)
+
+
+@triton.jit
 def _load(pointer, rows, dims, length, head_dim, stride):  # type: ignore[no-untyped-def]
     """Return the rows of a head, zero past the end of the sequence."""
     mask = (rows[:, None] < length) & (dims[None, :] < head_dim)
@@ -88,11 +98,7 @@ def _attend(  # type: ignore[no-untyped-def]
             shrink = tl.exp(best - new_best)
             total = total * shrink + tl.sum(weights, 1)
             if DROPS:
-                seed = tl.load(DRAWS + sequence)
-                own = tl.load(DRAWS + sequences + sequence).to(tl.int32) + rows
-                threshold = tl.load(DRAWS + 2 * sequences + sequence).to(tl.int32)
-                kept = _kept(seed, own[:, None], columns[None, :], head, site, threshold)
-                weights = tl.where(kept, weights * _scale(threshold), 0.0)
+                weights *= _factors(DRAWS, sequence, sequences, rows, columns, head, site)
             context = context * shrink[:, None]
             context += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
             best = new_best
@@ -130,11 +136,7 @@ def _attend_backward_queries(  # type: ignore[no-untyped-def]
             weights = tl.where(columns[None, :] < length, weights, 0.0)
             grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             if DROPS:
-                seed = tl.load(DRAWS + sequence)
-                own = tl.load(DRAWS + sequences + sequence).to(tl.int32) + rows
-                threshold = tl.load(DRAWS + 2 * sequences + sequence).to(tl.int32)
-                kept = _kept(seed, own[:, None], columns[None, :], head, site, threshold)
-                grad_weights = tl.where(kept, grad_weights * _scale(threshold), 0.0)
+                grad_weights *= _factors(DRAWS, sequence, sequences, rows, columns, head, site)
             grad_scores = weights * (grad_weights - common[:, None])
             grad_q += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
         _store(GRAD_Q + base, grad_q * scaling, rows, dims, length, head_dim, stride)
@@ -172,13 +174,9 @@ def _attend_backward_keys(  # type: ignore[no-untyped-def]
             grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             kept_weights = weights
             if DROPS:
-                seed = tl.load(DRAWS + sequence)
-                own = tl.load(DRAWS + sequences + sequence).to(tl.int32) + rows
-                threshold = tl.load(DRAWS + 2 * sequences + sequence).to(tl.int32)
-                kept = _kept(seed, own[:, None], columns[None, :], head, site, threshold)
-                scale = _scale(threshold)
-                kept_weights = tl.where(kept, weights * scale, 0.0)
-                grad_weights = tl.where(kept, grad_weights * scale, 0.0)
+                factors = _factors(DRAWS, sequence, sequences, rows, columns, head, site)
+                kept_weights = weights * factors
+                grad_weights *= factors
             grad_v += tl.dot(tl.trans(kept_weights).to(v.dtype), grad, input_precision=PRECISION)
             grad_scores = weights * (grad_weights - common[:, None])
             grad_k += tl.dot(tl.trans(grad_scores).to(k.dtype), q, input_precision=PRECISION)

@@ -11,8 +11,9 @@ from bitfit.bench.memory import is_known
 from bitfit.bench.runs import Variant, estimate, product_tokens
 from bitfit.bench.timing import describe_machine, describe_versions, slow_precisions
 from bitfit.bench.work import MAX_LENGTH, SEQUENCES_A_TURN, Table
-from bitfit.encoder import DTYPES, Encoder, dtype_name, measure_precision
+from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
+from bitfit.precision import DTYPES, dtype_name, measure_precision
 
 # For the estimate: starting a process and loading the base.
 MEMORY_SECONDS = 12.0

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from bitfit.doctor import cpu_name, package_version
-from bitfit.encoder import DTYPES, Encoder
+from bitfit.encoder import Encoder
 from bitfit.leaves import BankedLinear
+from bitfit.precision import DTYPES
 
 PRODUCT_REPEATS = 3
 # Where bf16 is emulated its products can take 30 times as long: one step tells enough then.

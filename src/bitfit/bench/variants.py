@@ -193,7 +193,7 @@ def choose_ours(dtype: str, favoured: str) -> list[Variant]:
     Args:
         dtype: ``auto``, ``fp32`` or ``bf16``: it runs in fp32, and in bf16 too where that was asked
             for or, for ``auto``, where it is ``favoured``.
-        favoured: the precision that :func:`bitfit.encoder.measure_precision` chose.
+        favoured: the precision that :func:`bitfit.precision.measure_precision` chose.
     """
     both = dtype == "bf16" or (dtype == "auto" and favoured == "bf16")
     return [_ours(precision) for precision in (("fp32", "bf16") if both else ("fp32",))]

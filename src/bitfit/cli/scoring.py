@@ -13,10 +13,11 @@ import torch
 from bitfit.cli import console, options
 from bitfit.data import DataConfig, dataset_hash, hold_out, read_dataset, take_limit
 from bitfit.data.files import find_files
-from bitfit.encoder import DTYPES, PRECISIONS, open_encoder, precision_here
+from bitfit.encoder import open_encoder
 from bitfit.errors import BaseModelError, UsageError
 from bitfit.metrics import majority_score
 from bitfit.model import Model
+from bitfit.precision import DTYPES, PRECISIONS, precision_here
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Example, references
 

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from bitfit.cli import console, options
 from bitfit.cluster import connected
-from bitfit.encoder import open_encoder, precision_here
+from bitfit.encoder import open_encoder
 from bitfit.errors import DataError, UsageError
 from bitfit.experiments.answers import restore_answers
 from bitfit.experiments.dry_run import dry_run as plan_sweep
@@ -34,6 +34,7 @@ from bitfit.experiments.sweep import (
     Sweep,
     Waiting,
 )
+from bitfit.precision import precision_here
 from bitfit.training.train import LaneDropped, StepDone
 
 _UNITS = {"h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}

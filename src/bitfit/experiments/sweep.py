@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from bitfit.cluster import check_address, connected
-from bitfit.encoder import Encoder, choose_place, open_encoder
+from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
 from bitfit.experiments.claimed import Held
 from bitfit.experiments.cluster import RayExecutor, new_job
@@ -30,6 +30,7 @@ from bitfit.experiments.plan import Planner, first_group, make_group, most_lanes
 from bitfit.experiments.runs import Conditions, Run
 from bitfit.experiments.store import Claim, Result, Store
 from bitfit.jsonable import jsonable
+from bitfit.precision import choose_place
 from bitfit.training.lane import Lane
 from bitfit.training.lane_count import choose_lane_count
 from bitfit.training.settings import ROW_METHODS

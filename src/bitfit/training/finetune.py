@@ -15,8 +15,9 @@ import torch
 from bitfit.base import choose_device
 from bitfit.batches import make_features
 from bitfit.data import DataConfig, Dataset, dataset_hash, read_dataset
-from bitfit.encoder import PRECISIONS, Encoder, open_encoder
+from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted
+from bitfit.precision import PRECISIONS
 from bitfit.tasks import Task
 from bitfit.training.lane import Lane, Split
 from bitfit.training.lane_count import choose_lane_count
