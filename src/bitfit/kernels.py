@@ -195,6 +195,7 @@ def _drop(  # type: ignore[no-untyped-def]
     own = tl.load(DRAWS + rows + row).to(tl.int32)
     x = tl.load(X + row * width + columns, mask=columns < width, other=0.0)
     kept = _kept(seed, own, columns, kind, site, threshold)
+    # A block of thresholds, as the interpreter has a bare number here, which cannot be cast.
     dropped = tl.where(kept, x.to(tl.float32) * _scale(threshold + 0 * columns), 0.0)
     tl.store(OUT + row * width + columns, dropped.to(x.dtype), mask=columns < width)
 

@@ -82,7 +82,7 @@ def _forests(draws: Draws) -> list[Drawing]:
                 _key("differences", base, results), title,
                 "Points: mean score less that of the reference row. Bars: the interval that holds "
                 "for all comparisons together at 95 %. A bar that crosses the line at zero is "
-                "within noise.",
+                "within noise, or of too few seeds.",
                 "differences", _forest(results, group, title),
             ))  # fmt: skip
     return drawings
