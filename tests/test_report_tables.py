@@ -211,6 +211,25 @@ def test_cost_has_medians_and_counts(tables):
     assert (row["encoder"], row["head"], row["lanes"], row["runs"]) == ("9,216", "770", "4", "4")
 
 
+def test_what_runs_cost_is_told_for_each_machine_of_a_moved_experiment(tmp_path):
+    was = {"dtype": "tf32", "device": "cuda", "threads": 1}
+    sample = Sample(
+        tmp_path, rows=["BitFit"], tasks=["rte"],
+        conditions={"dtype": "fp32", "device": "cpu", "threads": 2, "lanes": {}, "earlier": [was]},
+    )  # fmt: skip
+    for seed, dtype, machine in ((0, "tf32", "H200"), (1, "fp32", "EPYC"), (2, "fp32", "EPYC")):
+        sample.done("BitFit", RTE, seed=seed, environment={"machine": machine, "dtype": dtype})
+    rows = as_dicts(tables_of(sample)["cost"])
+    assert [(row["machine"], row["runs"]) for row in rows] == [
+        ("H200, tf32", "1"),
+        ("EPYC, fp32", "2"),
+    ]
+    said = words_of(sample)["setup"]
+    assert "Conditions: device cpu, dtype fp32, threads 2." in said
+    assert "Before it was moved: device cuda, dtype tf32, threads 1;" in said
+    assert "machine EPYC, dtype fp32 (2 runs)." in said
+
+
 # ------------------------------------------------------------------ learning curves
 
 

@@ -265,8 +265,66 @@ def test_another_experiment_is_not_written_into_a_directory(finished, checkpoint
         Sweep(small_grid(checkpoint()), out, Settings(data=data, threads=1))
     with pytest.raises(UsageError, match="with epochs 2, not 3"):
         Sweep(small_grid(checkpoint(), epochs=3), out, settings)
-    with pytest.raises(UsageError, match="begun with threads 1, not 2"):
+    with pytest.raises(UsageError, match=r"begun with threads 1, not 2: .*--move"):
         Sweep(small_grid(checkpoint()), out, Settings(data=data, threads=2, resume=True))
+
+
+def begin_in_bf16(checkpoint, data, out, **settings):
+    options = {"lanes": 2, "threads": 1, "dtype": "bf16"} | settings
+    return Sweep(
+        small_grid(checkpoint()).only(rows=["BitFit"]), out, Settings(data=data, **options)
+    )
+
+
+def move_to_fp32(checkpoint, data, out, **settings):
+    options = {"lanes": 2, "threads": 1, "dtype": "fp32", "resume": True, "move": True} | settings
+    return Sweep(small_grid(checkpoint()), out, Settings(data=data, **options))
+
+
+def test_a_moved_experiment_goes_on_where_it_is_and_repeats_nothing(checkpoint, data, tmp_path):
+    out = tmp_path / "out"
+    begin_in_bf16(checkpoint, data, out).run()
+    planned = dry_run(
+        small_grid(checkpoint()), out,
+        Settings(data=data, threads=1, dtype="fp32", resume=True, move=True),
+    )  # fmt: skip
+    assert planned["runs"] == 4 + 3
+    assert planned["conditions"]["earlier"] == [{"dtype": "bf16", "device": "cpu", "threads": 1}]
+    moved = move_to_fp32(checkpoint, data, out).run()
+    assert moved.made >= planned["runs"]  # more where the two protocols choose two rates
+    found = {(r["row"], r["environment"]["dtype"]) for r in Store(out).records()}
+    assert found == {("BitFit", "bf16"), ("Frozen", "fp32"), ("Full-FT", "fp32")}
+    assert move_to_fp32(checkpoint, data, out).run().made == 0
+    joins = Settings(data=data, threads=1, resume=True)
+    assert Sweep(small_grid(checkpoint()), out, joins).run().made == 0
+    conditions = Store(out).experiment()["conditions"]
+    assert (conditions["dtype"], len(conditions["earlier"])) == ("fp32", 1)
+
+
+def test_what_failed_before_the_move_is_made_again(checkpoint, data, tmp_path):
+    out = tmp_path / "out"
+    summary = begin_in_bf16(checkpoint, data, out).run()
+    failed = Store(out).records()[0]
+    path = out / "runs" / f"{failed['id']}.json"
+    path.write_text(json.dumps(failed | {"state": "failed", "error": "out of memory"}))
+    moved = move_to_fp32(checkpoint, data, out, retry_failed=True).run()
+    assert (moved.failed, path.exists()) == ([], False)
+    again = [r for r in Store(out).records() if r["config"] == failed["config"]]
+    assert [r["environment"]["dtype"] for r in again] == ["fp32"]
+    assert moved.done == moved.made + summary.made - 1
+
+
+def test_an_experiment_does_not_move_while_someone_works_on_it(checkpoint, data, tmp_path):
+    out = tmp_path / "out"
+    store = begin_in_bf16(checkpoint, data, out, budget_seconds=0.0).store
+    store.claim("theirs", ["some run"], 1)
+    described = store.experiment()
+    with pytest.raises(UsageError, match="works on it there; stop that first"):
+        move_to_fp32(checkpoint, data, out)
+    assert store.experiment() == described
+    manifest = out / "work" / "theirs.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"host": "", "pid": 0}))
+    assert move_to_fp32(checkpoint, data, out).store.claims() == []
 
 
 def test_those_who_join_with_a_few_rows_leave_what_rows_are_compared_with(

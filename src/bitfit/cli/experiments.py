@@ -77,6 +77,14 @@ Resume: TypeAlias = Annotated[
         help="Go on in a directory that holds this experiment, or join who works on it.",
     ),
 ]  # fmt: skip
+Move: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--move", rich_help_panel=GRID,
+        help="With --resume: go on with this --device, --dtype and --threads, where the experiment "
+        "was begun with others. What is finished stays and counts.",
+    ),
+]  # fmt: skip
 RetryFailed: TypeAlias = Annotated[
     bool,
     typer.Option("--retry-failed", rich_help_panel=GRID, help="Make failed runs again."),
@@ -129,6 +137,7 @@ def sweep(
     budget: Budget = None,
     dry_run: DryRun = False,
     resume: Resume = False,
+    move: Move = False,
     retry_failed: RetryFailed = False,
     reuse: Reuse = None,
     dtype: options.Dtype = "auto",
@@ -173,6 +182,7 @@ def reproduce(
     budget: Budget = None,
     dry_run: DryRun = False,
     resume: Resume = False,
+    move: Move = False,
     retry_failed: RetryFailed = False,
     reuse: Reuse = None,
     submission: Submission = False,

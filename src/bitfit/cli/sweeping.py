@@ -172,7 +172,7 @@ def _settings(given: Mapping[str, Any], others: Sequence[Path] = ()) -> Settings
         data=data, command=shlex.join(["bitfit", *sys.argv[1:]]), dtype=given["dtype"],
         device=given["device"], threads=given["threads"],
         lanes=options.parse_lanes(given["lanes"]), budget_seconds=parse_budget(given["budget"]),
-        resume=given["resume"], retry_failed=given["retry_failed"],
+        resume=given["resume"], move=given["move"], retry_failed=given["retry_failed"],
         # Others may come to be while those before this one run.
         reuse=[*map(_experiment, given["reuse"] or ()), *others],
         skip_missing="name" in given and given["tasks"] is None, ray=given["ray"],

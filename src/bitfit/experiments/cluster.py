@@ -25,10 +25,11 @@ from bitfit.bench.timing import describe_versions
 from bitfit.cluster import import_ray
 from bitfit.encoder import open_encoder
 from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
+from bitfit.experiments.conditions import Conditions
 from bitfit.experiments.execute import Group, failed_results, run_group
 from bitfit.experiments.executor import Outcome, WorkerLost
 from bitfit.experiments.material import Material, Sources
-from bitfit.experiments.runs import Conditions, command_of
+from bitfit.experiments.runs import command_of
 from bitfit.experiments.store import Result, Store
 
 # How often a group is sent to a worker before its runs count as failed.

@@ -9,6 +9,7 @@ from typing import Any
 
 from bitfit.encoder import open_encoder
 from bitfit.errors import BitfitError
+from bitfit.experiments.conditions import Conditions
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Group
 from bitfit.experiments.grid import Grid
@@ -16,7 +17,7 @@ from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import Planner, make_group
 from bitfit.experiments.runs import Run
 from bitfit.experiments.store import Store
-from bitfit.experiments.sweep import Settings, choose_conditions
+from bitfit.experiments.sweep import Settings, conditions_of
 from bitfit.training.settings import ROW_METHODS
 
 # A task file's document, a record, and what their file system adds.
@@ -48,11 +49,12 @@ def dry_run(
         ``missing_tasks``; ``conditions``.
     """
     store = Store(directory)
-    before = store.experiment() if store.exists else None
-    conditions = choose_conditions(grid, settings, before)
+    before = store.experiment()["conditions"] if store.exists else None
+    recorded = None if before is None else Conditions.from_json(before)
+    conditions = conditions_of(grid, recorded, settings)
     finished = store.finished() if store.exists else {}
-    for directory in settings.reuse:
-        there = Store(directory).finished()
+    for other in settings.reuse:
+        there = Store(other).finished()
         finished |= {run_id: state for run_id, state in there.items() if state == "done"}
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     sources = Sources(settings.data)
@@ -60,7 +62,7 @@ def dry_run(
     for base in grid.base:
         encoder = open_encoder(base, conditions.dtype, conditions.device)
         material = Material(encoder, sources)
-        planner = Planner(grid, base, material, store)
+        planner = Planner(grid, base, material, store, also=conditions.earlier_dtypes)
         clock = Clock(material)
         for run in _all_runs(planner, finished):
             cell = cells.setdefault(_key(run), _new_cell(run))
@@ -79,7 +81,7 @@ def dry_run(
         "seconds": sum(cell["seconds"] for cell in listed),
         "bytes": sum(cell["bytes"] for cell in listed),
         "missing_tasks": missing,
-        "conditions": vars(conditions),
+        "conditions": conditions.to_json(),
     }  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from bitfit.bench.timing import describe_versions
 from bitfit.comparison import bias_change
 from bitfit.doctor import cpu_name
 from bitfit.errors import BitfitError, NotWritten, TrainingDiverged, TrainingInterrupted
+from bitfit.experiments.conditions import Conditions
 from bitfit.experiments.material import Material
-from bitfit.experiments.runs import Conditions, Run, command_of, data_config
+from bitfit.experiments.runs import Run, command_of, data_config
 from bitfit.experiments.store import Result, Store
 from bitfit.heads import read_predictions
 from bitfit.jsonable import jsonable

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from bitfit.experiments.conditions import Conditions
 from bitfit.experiments.execute import Event as TrainingEvent
 from bitfit.experiments.execute import Group, run_group
 from bitfit.experiments.material import Material
-from bitfit.experiments.runs import Conditions
 from bitfit.experiments.store import Result, Store
 
 

@@ -41,10 +41,20 @@ class Planner:
         base: which of its bases.
         material: that base, open, and the data.
         store: what is finished.
+        also: precisions of an experiment that was moved. A run that is finished in one of them
+            stands for itself in this one.
     """
 
-    def __init__(self, grid: Grid, base: str, material: Material, store: Store) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        base: str,
+        material: Material,
+        store: Store,
+        also: Sequence[str] = (),
+    ) -> None:
         self.grid, self.base, self.material, self.store = grid, base, material, store
+        self.also = also
         self.cells = [
             CellPlan(row, task, size)
             for row in grid.rows
@@ -126,12 +136,26 @@ class Planner:
             data_seed = self.grid.data_seed(seed)
             config = self.grid.config(cell.row, cell.task, rate, seed)
             length = self.material.encoder.clamp_length(config.max_length)
-            self._runs[key] = Run(
+            run = Run(
                 row=cell.row, base=self.base, task=cell.task, train_rows=cell.train_rows,
                 config=config.replace(max_length=length), data_seed=data_seed,
                 facts=tuple(self.material.facts(cell.task, cell.train_rows, data_seed).items()),
             )  # fmt: skip
+            self._runs[key] = self._as_finished(run)
         return self._runs[key]
+
+    def _as_finished(self, run: Run) -> Run:
+        """Return the run, or the same in the precision in which it was finished."""
+        if self.also:
+            finished = self.store.finished()
+            for dtype in () if run.id in finished else self.also:
+                if finished.get((there := run.in_dtype(dtype)).id) == "done":
+                    return there
+        return run
+
+    def ids(self, run: Run) -> list[str]:
+        """Return the ids that a run has in each precision that counts."""
+        return [run.id, *(run.in_dtype(dtype).id for dtype in self.also)]
 
     def waiting(self, taken: Sequence[str] = ()) -> list[list[Run]]:
         """Return what is left to do: of the search, then of the repeats, each in its order.

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from bitfit.data import DataConfig
+from bitfit.experiments.conditions import Conditions
 from bitfit.experiments.grid import GridTask, Row
 from bitfit.storage import dump_json
 from bitfit.training.settings import ROW_METHODS, TrainConfig, resolve_config
 
 ID_DIGITS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """What every run of an experiment has in common, chosen once and recorded."""
-
-    dtype: str
-    """Precision of the frozen weights."""
-    device: str
-    """``cpu`` or ``cuda``."""
-    threads: int
-    """CPU threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +40,10 @@ class Run:
         config = {k: v for k, v in self.config.to_json().items() if v is not None}
         text = dump_json({"config": config, **dict(self.facts)})
         return hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
+
+    def in_dtype(self, dtype: str) -> Run:
+        """Return the same run in another precision, which has another id."""
+        return replace(self, facts=tuple((dict(self.facts) | {"dtype": dtype}).items()))
 
     @property
     def shares_passes(self) -> bool:

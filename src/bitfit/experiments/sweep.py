@@ -20,6 +20,7 @@ from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
 from bitfit.experiments.claimed import Held
 from bitfit.experiments.cluster import RayExecutor, new_job
+from bitfit.experiments.conditions import Conditions, choose_conditions
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Event as TrainingEvent
 from bitfit.experiments.execute import Group
@@ -27,13 +28,12 @@ from bitfit.experiments.executor import Executor, LocalExecutor, Outcome, Worker
 from bitfit.experiments.grid import Grid
 from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import Planner, first_group, make_group, most_lanes
-from bitfit.experiments.runs import Conditions, Run
+from bitfit.experiments.runs import Run
 from bitfit.experiments.store import Claim, Result, Store
 from bitfit.jsonable import jsonable
 from bitfit.precision import choose_place
 from bitfit.training.lane import Lane
 from bitfit.training.lane_count import choose_lane_count
-from bitfit.training.settings import ROW_METHODS
 
 # How long to wait before looking again whether another process has finished its group.
 _WAIT_SECONDS = 5.0
@@ -113,6 +113,8 @@ class Settings:
     """Begin nothing that would probably end later than this; None: no limit."""
     resume: bool = False
     """Go on in a directory that holds this experiment, or join those who work on it."""
+    move: bool = False
+    """Go on under this precision, device and threads, where it was begun with others."""
     retry_failed: bool = False
     """Make failed runs again."""
     reuse: Sequence[Path] = ()
@@ -151,10 +153,15 @@ class Sweep:
         self.summary = Summary(missing_tasks=missing)
         with self.store.lock():
             before = self.store.experiment() if self.store.exists else None
-            self.conditions = choose_conditions(grid, settings, before)
-            if before is not None:
+            recorded = None if before is None else Conditions.from_json(before["conditions"])
+            self.conditions = conditions_of(grid, recorded, settings)
+            lanes = {}
+            if before is not None and recorded is not None:
                 _check_joins(grid, before, directory, settings)
-            lanes = {} if before is None else before["conditions"]["lanes"]
+                if self.conditions.computes_as(recorded):
+                    lanes = before["conditions"]["lanes"]
+                else:
+                    self._clear_for_moving(recorded)
             self.store.write_experiment(_described(grid, settings, self.conditions, lanes, before))
         torch.set_num_threads(self.conditions.threads)
         self._taken_over: set[str] = set()
@@ -187,11 +194,28 @@ class Sweep:
         """Return a base in the experiment's precision."""
         return open_encoder(base, self.conditions.dtype, self.conditions.device)
 
+    def _clear_for_moving(self, recorded: Conditions) -> None:
+        """Forget groups that were begun under other conditions: nobody can go on with them here.
+
+        Raises:
+            UsageError: someone works on one of them.
+        """
+        claims = self.store.claims()
+        if alive := [f"{claim.host}:{claim.pid}" for claim in claims if claim.is_alive]:
+            raise UsageError(
+                f"{self.store.directory} cannot move from {recorded} to {self.conditions}: "
+                f"{', '.join(dict.fromkeys(alive))} works on it there; stop that first"
+            )
+        for claim in claims:
+            self.store.release(claim.group)
+
     # ------------------------------------------------------------------ one base
 
     def _run_base(self, base: str, tell: Listener, should_stop: Callable[[], bool] | None) -> None:
         material = Material(self.open_base(base), self.sources)
-        planner = Planner(self.grid, base, material, self.store)
+        planner = Planner(
+            self.grid, base, material, self.store, also=self.conditions.earlier_dtypes
+        )
         self._prepare(planner)
         done, total = self._progress(planner)
         tell(Planned(base, done, total, self.summary.missing_tasks))
@@ -234,7 +258,7 @@ class Sweep:
         runs = {run.id: _place(run) for run in planner.search()}
         if self.settings.retry_failed:
             # Those of this grid and base: no one would make the others again.
-            own = runs.keys() | {run.id for run in planner.repeats()}
+            own = {i for run in (*planner.search(), *planner.repeats()) for i in planner.ids(run)}
             for run_id, state in self.store.finished().items():
                 if state == "failed" and run_id in own:
                     self.store.forget(run_id)
@@ -378,45 +402,16 @@ def _described(
         "paper": grid.paper,
         "command": settings.command if before is None else before["command"],
         "grid": whole,
-        "conditions": {
-            "dtype": conditions.dtype, "device": conditions.device,
-            "threads": conditions.threads, "lanes": lanes,
-        },
+        "conditions": conditions.to_json() | {"lanes": lanes},
     }  # fmt: skip
 
 
-def choose_conditions(grid: Grid, settings: Settings, before: dict[str, Any] | None) -> Conditions:
-    """Return the precision, device and threads of the experiment: those it began with.
-
-    Raises:
-        UsageError: others were asked for now.
-    """
-    if before is None:
-        return _new_conditions(grid, settings)
-    recorded = {k: before["conditions"][k] for k in ("dtype", "device", "threads")}
-    for name, asked in (
-        ("dtype", settings.dtype), ("device", settings.device), ("threads", settings.threads),
-    ):  # fmt: skip
-        if asked not in (None, "auto", recorded[name]):
-            raise UsageError(
-                f"this experiment was begun with {name} {recorded[name]}, not {asked}: leave "
-                f"--{name} out, or take another --out"
-            )
-    return Conditions(**recorded)
-
-
-def _new_conditions(grid: Grid, settings: Settings) -> Conditions:
-    device, dtype = settings.device, settings.dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    matrices = any(row.method not in ROW_METHODS for row in grid.rows)
-    if dtype == "auto" and (grid.recipe == "paper" or matrices):
-        dtype = "fp32"
-    elif dtype == "auto":
-        dtype = open_encoder(grid.base[0], "auto", device).precision
-    return Conditions(
-        dtype=dtype, device=device, threads=settings.threads or torch.get_num_threads()
-    )
+def conditions_of(grid: Grid, recorded: Conditions | None, settings: Settings) -> Conditions:
+    """Return the conditions under which a sweep goes on; as :func:`choose_conditions`."""
+    return choose_conditions(
+        grid, recorded, dtype=settings.dtype, device=settings.device, threads=settings.threads,
+        move=settings.move,
+    )  # fmt: skip
 
 
 def _check_joins(grid: Grid, before: dict[str, Any], directory: Path, settings: Settings) -> None:

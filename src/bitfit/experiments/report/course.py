@@ -120,14 +120,24 @@ def is_degenerate(record: Mapping[str, Any]) -> bool:
 
 
 def cost_table(results: Results) -> Table | None:
-    """Return what the runs of each cell cost: time, memory, bytes, trained values."""
+    """Return what the runs of each cell cost: time, memory, bytes, trained values.
+
+    Those of each machine by themselves, where the experiment was on several.
+    """
+    several = len({_machine(r) for r in results.done if r.get("cost")}) > 1
     rows = []
     for line in results.lines:
         for task in results.tasks:
-            runs = [r for r in results.runs(line, task) if r.get("cost")]
-            if runs:
-                rows.append((text(results.label(line)), text(task_title(task)), *_cost(runs)))
-    columns = (*_NAMES, Column("train_seconds", "seconds of training"),
+            machines: dict[str, list[Mapping[str, Any]]] = {}
+            for record in results.runs(line, task):
+                if record.get("cost"):
+                    machines.setdefault(_machine(record), []).append(record)
+            for machine, runs in machines.items():
+                names = text(results.label(line)), text(task_title(task))
+                where = (text(machine),) if several else ()
+                rows.append((*names, *where, *_cost(runs)))
+    heads = (*_NAMES, Column("machine", "on", False)) if several else _NAMES
+    columns = (*heads, Column("train_seconds", "seconds of training"),
                Column("tokens_per_second", "tokens/s"), Column("peak_memory_bytes", "peak MB"),
                Column("task_bytes", "bytes per task"), Column("encoder", "trained, encoder"),
                Column("head", "trained, head"), Column("lanes", "lanes"),
@@ -137,7 +147,14 @@ def cost_table(results: Results) -> Table | None:
         "trained side by side and shared the machine while these were timed; times compare only "
         "between equal numbers and on one machine.",
     )
-    return _table("cost", "Cost", columns, rows, notes, 2)
+    return _table("cost", "Cost", columns, rows, notes, len(heads))
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    """Return the device and the precision that times of a run belong to."""
+    environment = record.get("environment") or {}
+    known = [environment.get("machine") or environment.get("device"), environment.get("dtype")]
+    return ", ".join(str(part) for part in known if part)
 
 
 def _cost(runs: Sequence[Mapping[str, Any]]) -> tuple[Cell, ...]:

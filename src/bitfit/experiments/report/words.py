@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -40,8 +41,7 @@ def sections(draws: Draws) -> list[Section]:
 
 def counts_text(results: Results) -> str:
     """Return how many runs are done, failed and missing."""
-    runs = "run" if len(results.done) == 1 else "runs"
-    found = f"{len(results.done)} {runs} done, {len(results.failed)} failed"
+    found = f"{_runs(len(results.done))} done, {len(results.failed)} failed"
     missing = results.missing()
     if isinstance(results.experiment.get("planned"), int):
         return f"{found}, {missing} missing of {results.experiment['planned']}."
@@ -49,10 +49,13 @@ def counts_text(results: Results) -> str:
 
 
 def environments(results: Results) -> list[str]:
-    """Return the distinct environments of the runs, each as one line."""
+    """Return the distinct environments of the runs, each as one line, counted if several."""
     found = (r["environment"] for r in results.done if r.get("environment"))
     lines = (", ".join(f"{key} {_value(value)}" for key, value in e.items()) for e in found)
-    return list(dict.fromkeys(lines))
+    counts = Counter(lines)
+    if len(counts) < 2:
+        return list(counts)
+    return [f"{line} ({_runs(count)})" for line, count in counts.items()]
 
 
 def trained_on(results: Results) -> list[str]:
@@ -71,8 +74,12 @@ def _setup(results: Results) -> list[str]:
         lines.append(f"Recipe: {experiment['recipe']}.")
     if experiment.get("search"):
         lines.append(f"Search over the rates: {experiment['search']}.")
-    if experiment.get("conditions"):
-        lines.append(f"Conditions: {_value(experiment['conditions'])}.")
+    if conditions := experiment.get("conditions"):
+        lines.append(f"Conditions: {_value({**conditions, 'earlier': None})}.")
+        lines += [
+            f"Before it was moved: {_value(earlier)}; those runs count as the later ones do."
+            for earlier in conditions.get("earlier", ())
+        ]
     lines += [f"Environment: {line}." for line in environments(results)]
     lines += [
         f"{task_title(task)}: {size:,} of its training rows."
@@ -81,6 +88,10 @@ def _setup(results: Results) -> list[str]:
     if results.paper:
         lines.append(f"Printed numbers: {paper_source()}.")
     return lines
+
+
+def _runs(count: int) -> str:
+    return f"{count} run" if count == 1 else f"{count} runs"
 
 
 def _value(value: object) -> str:
