@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from bitfit.tasks import Task, TextExample
 from bitfit.terms import FAMILIES, choose_sites
 
 LORA_RANK = 8
+# The places of BitFit's biases that a LoRA adapter can be at.
+PROJECTIONS = ("query", "key", "value", "attention_output", "intermediate", "output")
 MEMINFO = Path("/proc/meminfo")
 ADAPTERS = 32
 LABELS = 3
@@ -51,11 +54,15 @@ class Request:
 
     def tasks(self, count: int) -> list[int]:
         """Return the task of each text, drawn from ``count``: other ones in every batch."""
-        random = np.random.default_rng(self.number)
-        size = len(self.examples)
-        if count >= size:
-            return [int(i) for i in random.choice(count, size, replace=False)]
-        return [int(i) for i in random.permutation(np.arange(size) % count)]
+        return _draw_tasks(self.number, len(self.examples), count)
+
+
+@cache  # drawing is not what is timed
+def _draw_tasks(seed: int, size: int, count: int) -> list[int]:
+    random = np.random.default_rng(seed)
+    if count >= size:
+        return [int(i) for i in random.choice(count, size, replace=False)]
+    return [int(i) for i in random.permutation(np.arange(size) % count)]
 
 
 Answer = Callable[[Request], object]
@@ -204,8 +211,14 @@ def pipeline(base: str, device: torch.device) -> Answer:
     return answer
 
 
-def lora(base: str, device: torch.device, count: int = ADAPTERS) -> Answer:
+def lora(base: str, device: torch.device, terms: Sequence[str], count: int = ADAPTERS) -> Answer:
     """Return peft's mixed batch: a LoRA adapter for each text, no heads.
+
+    Args:
+        base: where the model is loaded from.
+        device: where it computes.
+        terms: which projections the adapters are on, by the names of their biases.
+        count: how many adapters.
 
     Raises:
         Unavailable: peft is not installed, or too old.
@@ -221,7 +234,7 @@ def lora(base: str, device: torch.device, count: int = ADAPTERS) -> Answer:
             find_base(base), dtype=torch.float32, use_safetensors=True
         )
     config = peft.LoraConfig(
-        r=LORA_RANK, init_lora_weights=False, target_modules=_targets(encoder, "query", "value")
+        r=LORA_RANK, init_lora_weights=False, target_modules=_targets(encoder, terms)
     )
     with warnings.catch_warnings():  # of transformers, about names that peft still uses
         warnings.simplefilter("ignore")
@@ -240,11 +253,13 @@ def lora(base: str, device: torch.device, count: int = ADAPTERS) -> Answer:
     return answer
 
 
-def _targets(model: Any, *terms: str) -> list[str]:
+def _targets(model: Any, terms: Sequence[str]) -> str:
+    """Return the expression that matches the whole paths of some projections, in every layer."""
     family = str(model.config.model_type)
     if family not in FAMILIES:
         raise Unavailable(f"where the projections of {family!r} stand is not known")
-    return [FAMILIES[family][term].rpartition(".")[2] for term in terms]
+    paths = (re.escape(FAMILIES[family][term]) for term in terms)
+    return "|".join(path.replace(r"\{\}", r"\d+") for path in paths)
 
 
 def classifier(base: str, device: torch.device) -> Any:
@@ -318,7 +333,14 @@ def choose_contenders(
                   lambda: separate(base, device, models)),
         Contender("pipeline", "one task, transformers' pipeline, texts to labels", 1,
                   lambda: pipeline(base, device), takes_text=True),
-        Contender(f"lora-{ADAPTERS}", f"peft LoRA (r={LORA_RANK}), {ADAPTERS} adapters mixed, "
-                  "no heads", ADAPTERS, lambda: lora(base, device)),
+        *(
+            Contender(f"{name}-{ADAPTERS}", f"peft LoRA (r={LORA_RANK}, {where}), {ADAPTERS} "
+                      "adapters mixed, no heads", ADAPTERS,
+                      lambda terms=terms: lora(base, device, terms))  # type: ignore[misc]
+            for name, where, terms in (
+                ("lora", "query and value", ("query", "value")),
+                ("lora-all", "all projections", PROJECTIONS),
+            )
+        ),
     ]  # fmt: skip
     return found
