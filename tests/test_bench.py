@@ -482,6 +482,22 @@ def test_many_tasks_are_timed_beside_other_ways(checkpoint, capsys):
     assert "--storage int8" in report["command"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about peft
+def test_lora_is_on_the_projections_that_it_is_said_to_be_on(checkpoint):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModel
+
+    from bitfit.bench.contenders import PROJECTIONS, _targets
+
+    for terms, each in ((("query", "value"), 2), (PROJECTIONS, 6)):
+        model = AutoModel.from_pretrained(checkpoint())
+        config = peft.LoraConfig(r=2, target_modules=_targets(model, terms))
+        adapted = peft.get_peft_model(model, config)
+        places = [name for name, _ in adapted.named_modules() if name.endswith("lora_A.default")]
+        assert len(places) == each * model.config.num_hidden_layers
+        assert not any("pooler" in name for name in places)
+
+
 def test_every_batch_asks_other_tasks_each_of_them_as_often():
     from bitfit.bench.contenders import Request
 

@@ -218,16 +218,18 @@ def test_what_runs_cost_is_told_for_each_machine_of_a_moved_experiment(tmp_path)
         conditions={"dtype": "fp32", "device": "cpu", "threads": 2, "lanes": {}, "earlier": [was]},
     )  # fmt: skip
     for seed, dtype, machine in ((0, "tf32", "H200"), (1, "fp32", "EPYC"), (2, "fp32", "EPYC")):
-        sample.done("BitFit", RTE, seed=seed, environment={"machine": machine, "dtype": dtype})
+        sample.done(
+            "BitFit", RTE, seed=seed, environment={"machine": machine, "dtype": dtype, "threads": 2}
+        )
     rows = as_dicts(tables_of(sample)["cost"])
     assert [(row["machine"], row["runs"]) for row in rows] == [
-        ("H200, tf32", "1"),
-        ("EPYC, fp32", "2"),
+        ("H200, tf32, 2 threads", "1"),
+        ("EPYC, fp32, 2 threads", "2"),
     ]
     said = words_of(sample)["setup"]
     assert "Conditions: device cpu, dtype fp32, threads 2." in said
     assert "Before it was moved: device cuda, dtype tf32, threads 1;" in said
-    assert "machine EPYC, dtype fp32 (2 runs)." in said
+    assert "machine EPYC, dtype fp32, threads 2 (2 runs)." in said
 
 
 # ------------------------------------------------------------------ learning curves

@@ -100,7 +100,8 @@ def test_finished_runs_are_taken_over_from_another_experiment(store, tmp_path):
     other.write(result("01", row="their name"))
     other.write(result("02", state="failed"))
     here = {"row": "b_q", "base": "mine", "task": "ours", "train_rows": 5}
-    assert store.reuse(other, ["01", "02", "03"], {"01": here, "02": here}) == ["01"]
+    assert store.reuse(other, ["03", "02", "01"], here) == "01"
+    assert store.reuse(other, ["03", "02"], here) is None
     record = store.record("01")
     assert {**record, "task": record["task"]["name"]} == {**record, **here}
     assert store.predictions("01") == {"dev": [[0, 1]]}

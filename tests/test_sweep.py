@@ -12,11 +12,20 @@ from pathlib import Path
 
 import pytest
 import sweeping
+import torch
 from sweeping import left_in, small_grid, small_sweep
 
 from bitfit.cli.app import run
 from bitfit.data import DataConfig, read_dataset
-from bitfit.errors import BitfitError, DataError, NotWritten, TrainingInterrupted, UsageError
+from bitfit.errors import (
+    BaseModelError,
+    BitfitError,
+    DataError,
+    NotWritten,
+    TrainingInterrupted,
+    UsageError,
+)
+from bitfit.experiments.conditions import Conditions, choose_conditions
 from bitfit.experiments.dry_run import dry_run
 from bitfit.experiments.grid import Row
 from bitfit.experiments.plan import most_lanes
@@ -307,11 +316,65 @@ def test_what_failed_before_the_move_is_made_again(checkpoint, data, tmp_path):
     failed = Store(out).records()[0]
     path = out / "runs" / f"{failed['id']}.json"
     path.write_text(json.dumps(failed | {"state": "failed", "error": "out of memory"}))
-    moved = move_to_fp32(checkpoint, data, out, retry_failed=True).run()
+    events = []
+    moved = move_to_fp32(checkpoint, data, out).run(events.append)
+    assert (events[0].begun, events[0].failed) == (0, 1)
     assert (moved.failed, path.exists()) == ([], False)
     again = [r for r in Store(out).records() if r["config"] == failed["config"]]
     assert [r["environment"]["dtype"] for r in again] == ["fp32"]
     assert moved.done == moved.made + summary.made - 1
+
+
+def test_what_is_done_in_one_precision_is_done_after_moving_there_and_back(
+    checkpoint, data, tmp_path
+):
+    out = tmp_path / "out"
+    begin_in_bf16(checkpoint, data, out, budget_seconds=0.0).run()
+    move_to_fp32(checkpoint, data, out).run()
+    back = move_to_fp32(checkpoint, data, out, dtype="bf16")
+    assert [c.dtype for c in back.conditions.earlier] == ["fp32"]
+    assert back.run().made == 0
+
+
+@pytest.mark.parametrize("asked", [{"dtype": "bf16", "threads": 2}, {"dtype": "fp32"}])
+def test_groups_that_were_begun_begin_again_after_a_move(asked, checkpoint, data, tmp_path):
+    """Their checkpoints are of other threads or another precision."""
+    out, steps = tmp_path / "out", []
+    sweep = begin_in_bf16(checkpoint, data, out)
+    with pytest.raises(TrainingInterrupted):
+        sweep.run(
+            lambda event: steps.append(event) if isinstance(event, StepDone) else None,
+            lambda: len(steps) >= 3,
+        )
+    assert left_in(out / "work")
+    events = []
+    moved = move_to_fp32(checkpoint, data, out, **asked)
+    moved = Sweep(moved.grid.only(rows=["BitFit"]), out, replace(moved.settings, move=False))
+    assert moved.run(events.append).failed == []
+    assert not left_in(out / "work")
+
+
+def test_who_works_on_while_another_moves_stops(checkpoint, data, tmp_path):
+    out = tmp_path / "out"
+    late = begin_in_bf16(checkpoint, data, out)
+    move_to_fp32(checkpoint, data, out, budget_seconds=0.0).run()
+    with pytest.raises(BitfitError, match="was moved to device cpu, dtype fp32, threads 1"):
+        late.run()
+    assert Store(out).records() == []
+
+
+def test_what_is_reused_counts_in_the_precision_that_it_was_made_in(checkpoint, data, tmp_path):
+    there = begin_in_bf16(checkpoint, data, tmp_path / "there").run()
+    new = move_to_fp32(checkpoint, data, tmp_path / "new", reuse=[tmp_path / "there"])
+    assert new.conditions.earlier[0].dtype == "bf16"
+    planned = dry_run(
+        new.grid.only(rows=["BitFit"]), tmp_path / "none", replace(new.settings, resume=False)
+    )
+    assert (planned["runs"], planned["finished"]) == (2, 3)  # the repeats are not known yet
+    new.run()
+    found = [r for r in Store(tmp_path / "new").records() if r["row"] == "BitFit"]
+    assert {r["environment"]["dtype"] for r in found} == {"bf16"}
+    assert len(found) == there.made
 
 
 def test_an_experiment_does_not_move_while_someone_works_on_it(checkpoint, data, tmp_path):
@@ -321,10 +384,59 @@ def test_an_experiment_does_not_move_while_someone_works_on_it(checkpoint, data,
     described = store.experiment()
     with pytest.raises(UsageError, match="works on it there; stop that first"):
         move_to_fp32(checkpoint, data, out)
+    with pytest.raises(BaseModelError, match="no such directory"):
+        Sweep(small_grid("./gone"), out, Settings(data=data, dtype="fp32", resume=True, move=True))
     assert store.experiment() == described
     manifest = out / "work" / "theirs.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"host": "", "pid": 0}))
     assert move_to_fp32(checkpoint, data, out).store.claims() == []
+
+
+def test_a_move_keeps_what_is_not_asked_for(checkpoint):
+    bf16 = Conditions(dtype="bf16", device="cpu", threads=3)
+    grid = small_grid(checkpoint())
+    moved = choose_conditions(grid, bf16, threads=2, move=True)
+    assert (moved.dtype, moved.device, moved.threads, moved.earlier) == ("bf16", "cpu", 2, (bf16,))
+    assert choose_conditions(grid, bf16, move=True) == bf16
+    third = choose_conditions(grid, moved, dtype="fp32", move=True)
+    assert third.earlier == (bf16, replace(moved, earlier=()))
+    assert third.earlier_dtypes == ("bf16",)
+    assert Conditions.from_json(json.loads(json.dumps(third.to_json()))) == third
+    assert choose_conditions(grid, third, dtype="bf16", threads=3, move=True).earlier == (
+        replace(moved, earlier=()), replace(third, earlier=()),
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_a_move_from_a_gpu_to_a_machine_without_one_goes_to_its_cpu(checkpoint):
+    gpu = Conditions(dtype="tf32", device="cuda", threads=1)
+    moved = choose_conditions(small_grid(checkpoint()), gpu, move=True)
+    assert (moved.dtype, moved.device, moved.earlier) == ("fp32", "cpu", (gpu,))
+
+
+def test_lanes_are_measured_again_after_a_move(checkpoint, data, tmp_path):
+    out = tmp_path / "out"
+    store = begin_in_bf16(checkpoint, data, out, budget_seconds=0.0).store
+    described = store.experiment()
+    described["conditions"]["lanes"] = {"some task": 64}
+    store.write_experiment(described)
+    assert small_sweep(checkpoint(), str(data), str(out)).conditions.dtype == "bf16"
+    assert store.experiment()["conditions"]["lanes"] == {"some task": 64}
+    move_to_fp32(checkpoint, data, out, dtype="bf16", threads=2)
+    assert store.experiment()["conditions"]["lanes"] == {}
+
+
+def test_a_move_is_asked_for_and_told_on_the_command_line(checkpoint, data, tmp_path, capsys):
+    grid, out = tmp_path / "grid.toml", tmp_path / "out"
+    grid.write_text(sweeping.GRID)
+    line = ["sweep", str(grid), "--data", str(data), "--out", str(out), "--base", checkpoint()]
+    line += ["--rows", "Frozen", "--lanes", "2", "--threads", "1"]
+    assert run([*line, "--dtype", "bf16", "--budget", "0s", "--quiet"]) == 0
+    assert run([*line, "--dtype", "fp32", "--resume", "--quiet"]) == 2
+    assert "go on here with --move" in capsys.readouterr().err
+    assert run([*line, "--dtype", "fp32", "--resume", "--move"]) == 0
+    said = capsys.readouterr().err
+    assert "moved from device cpu, dtype bf16, threads 1 to device cpu, dtype fp32" in said
 
 
 def test_those_who_join_with_a_few_rows_leave_what_rows_are_compared_with(

@@ -23,11 +23,12 @@ from bitfit.experiments.executor import WorkerLost
 from bitfit.experiments.grid import Grid, builtin_grid, builtin_grids, read_grid
 from bitfit.experiments.report.write import write_report
 from bitfit.experiments.store import Store
-from bitfit.experiments.submission import best_files, glue_folder, write_submission
+from bitfit.experiments.submission import best_runs, glue_folder, write_submission
 from bitfit.experiments.sweep import (
     Event,
     GroupFinished,
     GroupStarted,
+    Moved,
     Planned,
     Settings,
     Summary,
@@ -250,7 +251,12 @@ class Watch:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        if isinstance(event, Planned):
+        if isinstance(event, Moved):
+            self._say(
+                f"moved from {event.before} to {event.now}; {console.count(event.begun, 'group')} "
+                f"begun and {console.count(event.failed, 'run')} failed there begin again here"
+            )
+        elif isinstance(event, Planned):
             self._planned(event)
         elif isinstance(event, GroupStarted):
             self._started(event)
@@ -407,11 +413,14 @@ def show_report(found: Mapping[str, Any]) -> None:
 def _submit(store: Store, data: Path, folder: Path, quiet: bool) -> list[dict[str, Any]]:
     """Write the GLUE server's files of each base, answered by its best runs of bias tuning."""
     made = []
-    best = best_files(store)
+    best = best_runs(store)
     if not best:
         raise UsageError(f"{store.directory} has no finished run of bias tuning on a GLUE task")
-    dtype = precision_here(store.experiment()["conditions"]["dtype"])
-    for number, (base, files) in enumerate(best.items(), 1):
+    for number, (base, runs) in enumerate(best.items(), 1):
+        files = {name: store.task_file(run["id"]) for name, run in runs.items()}
+        # Of an experiment that was moved the runs may be of several precisions.
+        dtypes = {precision_here(run["environment"]["dtype"]) for run in runs.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else "fp32"
         place = folder / ("submission" if len(best) == 1 else f"submission-{number}")
         encoder = open_encoder(base, dtype)
         with console.bar(quiet) as bar:

@@ -11,6 +11,7 @@ import torch
 from bitfit.encoder import open_encoder
 from bitfit.errors import UsageError
 from bitfit.experiments.grid import Grid
+from bitfit.precision import precision_here
 from bitfit.training.settings import ROW_METHODS
 
 
@@ -48,9 +49,13 @@ class Conditions:
         """Other precisions than this one, whose runs count."""
         return tuple(dict.fromkeys(c.dtype for c in self.earlier if c.dtype != self.dtype))
 
-    def computes_as(self, other: Conditions) -> bool:
-        """Whether a checkpoint of ``other`` can be gone on with: the threads may differ."""
-        return (self.dtype, self.device) == (other.dtype, other.device)
+    def moved_to(self, now: Conditions) -> Conditions:
+        """Return the conditions of an experiment that goes from these to ``now``."""
+        last = replace(self, earlier=())
+        if now == last:
+            return self
+        before = dict.fromkeys((*self.earlier, last))
+        return replace(now, earlier=tuple(c for c in before if c != now))
 
     def __str__(self) -> str:
         """Return them in words, without the earlier ones."""
@@ -71,11 +76,12 @@ def choose_conditions(
     Args:
         grid: what is to be run.
         recorded: of the experiment that is there; None: it begins.
-        dtype: asked for now; ``auto``: fp32 for the paper's recipe and where matrices are trained,
-            else what is fastest.
-        device: asked for now; ``auto``: a GPU where there is one.
+        dtype: asked for now; ``auto``: of one that begins fp32 for the paper's recipe and where
+            matrices are trained, else what is fastest.
+        device: asked for now; ``auto``: of one that begins a GPU where there is one.
         threads: asked for now; None: torch's.
-        move: go on under what is asked for now, whatever it began with.
+        move: go on under what is asked for now, whatever it began with. What is not asked for
+            stays, as far as this machine has it.
 
     Raises:
         UsageError: others than recorded were asked for, without ``move``.
@@ -83,8 +89,7 @@ def choose_conditions(
     if recorded is None:
         return _new(grid, dtype, device, threads)
     if move:
-        now, last = _new(grid, dtype, device, threads), replace(recorded, earlier=())
-        return recorded if now == last else replace(now, earlier=(*recorded.earlier, last))
+        return recorded.moved_to(_here(recorded, dtype, device, threads))
     for name, asked in (("dtype", dtype), ("device", device), ("threads", threads)):
         if asked not in (None, "auto", began := getattr(recorded, name)):
             raise UsageError(
@@ -103,3 +108,12 @@ def _new(grid: Grid, dtype: str, device: str, threads: int | None) -> Conditions
     elif dtype == "auto":
         dtype = open_encoder(grid.base[0], "auto", device).precision
     return Conditions(dtype=dtype, device=device, threads=threads or torch.get_num_threads())
+
+
+def _here(before: Conditions, dtype: str, device: str, threads: int | None) -> Conditions:
+    if device == "auto":
+        there = before.device == "cpu" or torch.cuda.is_available()
+        device = before.device if there else "cpu"
+    if dtype == "auto":
+        dtype = precision_here(before.dtype, device)
+    return Conditions(dtype=dtype, device=device, threads=threads or before.threads)

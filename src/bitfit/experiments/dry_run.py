@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,13 @@ def dry_run(
         ``missing_tasks``; ``conditions``.
     """
     store = Store(directory)
-    before = store.experiment()["conditions"] if store.exists else None
-    recorded = None if before is None else Conditions.from_json(before)
-    conditions = conditions_of(grid, recorded, settings)
-    finished = store.finished() if store.exists else {}
+    conditions = conditions_of(grid, store, settings)
+    states = store.finished() if store.exists else {}
+    if states and Conditions.from_json(store.experiment()["conditions"]) != conditions:
+        states = {i: state for i, state in states.items() if state == "done"}  # it would move
     for other in settings.reuse:
-        there = Store(other).finished()
-        finished |= {run_id: state for run_id, state in there.items() if state == "done"}
+        states |= {i: state for i, state in Store(other).finished().items() if state == "done"}
+    finished = 0
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     sources = Sources(settings.data)
     grid, missing = sources.there(grid, skip_missing=settings.skip_missing)
@@ -64,7 +64,9 @@ def dry_run(
         material = Material(encoder, sources)
         planner = Planner(grid, base, material, store, also=conditions.earlier_dtypes)
         clock = Clock(material)
-        for run in _all_runs(planner, finished):
+        left, there = _all_runs(planner, states)
+        finished += there
+        for run in left:
             cell = cells.setdefault(_key(run), _new_cell(run))
             if on_cell is not None and not cell["runs"]:
                 on_cell(f"{run.row.name} on {run.task.name}")
@@ -77,7 +79,7 @@ def dry_run(
     listed = list(cells.values())
     return {
         "name": grid.name, "title": grid.title, "directory": str(directory), "cells": listed,
-        "runs": sum(cell["runs"] for cell in listed), "finished": len(finished),
+        "runs": sum(cell["runs"] for cell in listed), "finished": finished,
         "seconds": sum(cell["seconds"] for cell in listed),
         "bytes": sum(cell["bytes"] for cell in listed),
         "missing_tasks": missing,
@@ -85,16 +87,20 @@ def dry_run(
     }  # fmt: skip
 
 
-def _all_runs(planner: Planner, finished: dict[str, str]) -> list[Run]:
-    """Return what is left, with a stand-in for each repeat whose rate is still to be chosen."""
-    search = [run for run in planner.search() if run.id not in finished]
+def _all_runs(planner: Planner, states: Mapping[str, str]) -> tuple[list[Run], int]:
+    """Return what is left, and how many runs are finished.
+
+    What is left has a stand-in for each repeat whose rate is still to be chosen.
+    """
     known = planner.repeats()
+    begun = [*planner.search(), *known]
+    left = [run for run in begun if not any(i in states for i in planner.ids(run))]
     cells = {(run.row.name, run.task.name, run.train_rows) for run in known}
     to_come = [
         run for run in planner.repeats_to_come()
         if (run.row.name, run.task.name, run.train_rows) not in cells
     ]  # fmt: skip
-    return [*search, *(run for run in known if run.id not in finished), *to_come]
+    return [*left, *to_come], len(begun) - len(left)
 
 
 def _key(run: Run) -> tuple[Any, ...]:

@@ -145,17 +145,20 @@ class Planner:
         return self._runs[key]
 
     def _as_finished(self, run: Run) -> Run:
-        """Return the run, or the same in the precision in which it was finished."""
-        if self.also:
-            finished = self.store.finished()
-            for dtype in () if run.id in finished else self.also:
-                if finished.get((there := run.in_dtype(dtype)).id) == "done":
-                    return there
-        return run
+        """Return the run, or the same in the precision in which it was done."""
+        if not self.also:
+            return run
+        states = self.store.finished()
+        forms = [run, *(run.in_dtype(dtype) for dtype in self.also)]
+        return next((form for form in forms if states.get(form.id) == "done"), run)
 
     def ids(self, run: Run) -> list[str]:
-        """Return the ids that a run has in each precision that counts."""
+        """Return the ids that a run has in each precision that counts, its own first."""
         return [run.id, *(run.in_dtype(dtype).id for dtype in self.also)]
+
+    def look_again(self) -> None:
+        """Forget in which precision runs were done: some came from elsewhere."""
+        self._runs.clear()
 
     def waiting(self, taken: Sequence[str] = ()) -> list[list[Run]]:
         """Return what is left to do: of the search, then of the repeats, each in its order.

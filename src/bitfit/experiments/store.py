@@ -182,33 +182,30 @@ class Store:
         """Return where a run's task file is, if it left one."""
         return self.directory / "tasks" / f"{run_id}.bitfit.safetensors"
 
-    def reuse(
-        self, other: Store, run_ids: Iterable[str], places: Mapping[str, Mapping[str, Any]]
-    ) -> list[str]:
-        """Copy finished runs from another experiment; return which were there.
+    def reuse(self, other: Store, run_ids: Iterable[str], place: Mapping[str, Any]) -> str | None:
+        """Copy a finished run from another experiment; return its id, None where it is not there.
 
         Args:
             other: where to look.
-            run_ids: wanted.
-            places: ``row``, ``base``, ``task`` (its name) and ``train_rows`` of each run here: the
-                other experiment may call the same run otherwise.
+            run_ids: of the run, in each form that counts; the first that is there is copied.
+            place: ``row``, ``base``, ``task`` (its name) and ``train_rows`` of the run here: the
+                other experiment may call it otherwise.
         """
-        found = []
         for run_id in run_ids:
-            path = other.directory / "runs" / f"{run_id}.json"
-            if not path.is_file() or _read_json(path)["state"] != "done":
+            if not other.is_finished(run_id):
                 continue
-            record = _read_json(path)
-            place = dict(places[run_id])
-            record |= place | {"task": record["task"] | {"name": place["task"]}}
+            record = other.record(run_id)
+            if record["state"] != "done":
+                continue
+            record |= dict(place) | {"task": record["task"] | {"name": place["task"]}}
             task_file = other.task_file(run_id)
             self.write(Result(
                 record=record, predictions=other.predictions(run_id),
                 answers=other.answers(record),
                 task_file=task_file.read_bytes() if task_file.is_file() else None,
             ))  # fmt: skip
-            found.append(run_id)
-        return found
+            return run_id
+        return None
 
     # ------------------------------------------------------------------ work in progress
 

@@ -23,7 +23,7 @@ from bitfit.data.files import find_files, split_files
 from bitfit.data.rows import file_lines
 from bitfit.encoder import Encoder
 from bitfit.errors import DataError, UsageError
-from bitfit.experiments.protocol import paper_scores
+from bitfit.experiments.protocol import Record, paper_scores
 from bitfit.experiments.store import Store
 from bitfit.model import Model, Prediction
 from bitfit.storage import atomic_write
@@ -246,24 +246,25 @@ def glue_folder(data: Path) -> Path:
     return inner if inner.is_dir() else data
 
 
-def best_files(store: Store) -> dict[str, dict[str, Path]]:
-    """Return for each base the task file of the best run of bias tuning on each GLUE task.
+def best_runs(store: Store) -> dict[str, dict[str, Record]]:
+    """Return for each base the record of the best run of bias tuning on each GLUE task.
 
-    The best on dev, whatever its row, rate and seed, as the paper submits.
+    The best on dev, whatever its row, rate and seed, as the paper submits, of those whose task
+    file is there.
     """
-    best: dict[str, dict[str, tuple[float, Path]]] = {}
+    best: dict[str, dict[str, tuple[float, Record]]] = {}
     names = {builtin.task.name for builtin in GLUE_TASKS}
     for record in store.records():
-        path, name = store.task_file(record["id"]), record["task"]["name"]
+        name = record["task"]["name"]
         of_biases = record["config"]["method"] == "bitfit" and record["state"] == "done"
-        if not of_biases or name not in names or not path.is_file():
+        if not of_biases or name not in names or not store.task_file(record["id"]).is_file():
             continue
         scores = paper_scores(record)
         score = scores.choosing[scores.best]
         mine = best.setdefault(record["base"], {})
         if name not in mine or score > mine[name][0] or math.isnan(mine[name][0]):
-            mine[name] = score, path
-    return {base: {name: path for name, (_, path) in of.items()} for base, of in best.items()}
+            mine[name] = score, record
+    return {base: {name: run for name, (_, run) in of.items()} for base, of in best.items()}
 
 
 def _plan(named: Mapping[str, Path], data: str | Path) -> tuple[list[_Planned], dict[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from bitfit.base import find_base
 from bitfit.cluster import check_address, connected
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
@@ -29,7 +30,7 @@ from bitfit.experiments.grid import Grid
 from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import Planner, first_group, make_group, most_lanes
 from bitfit.experiments.runs import Run
-from bitfit.experiments.store import Claim, Result, Store
+from bitfit.experiments.store import STALE_SECONDS, Claim, Result, Store
 from bitfit.jsonable import jsonable
 from bitfit.precision import choose_place
 from bitfit.training.lane import Lane
@@ -37,6 +38,18 @@ from bitfit.training.lane_count import choose_lane_count
 
 # How long to wait before looking again whether another process has finished its group.
 _WAIT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An experiment goes on under other conditions."""
+
+    before: Conditions
+    now: Conditions
+    begun: int
+    """Groups that were begun and not finished; they begin again."""
+    failed: int
+    """Runs that had failed; they are tried again."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,9 @@ class Waiting:
     claims: Sequence[Claim]
 
 
-Event: TypeAlias = Planned | GroupStarted | GroupFinished | Waiting | WorkerLost | TrainingEvent
+Event: TypeAlias = (
+    Moved | Planned | GroupStarted | GroupFinished | Waiting | WorkerLost | TrainingEvent
+)
 Listener: TypeAlias = Callable[[Event], None]
 
 
@@ -148,20 +163,23 @@ class Sweep:
         self.store = Store(directory)
         self.settings = settings
         self.sources = Sources(settings.data)
-        # Before anything is written: what cannot begin leaves no directory behind.
+        # Before anything is written: what cannot begin leaves all as it was.
+        for base in grid.base:
+            find_base(base)
         self.grid, missing = self.sources.there(grid, skip_missing=settings.skip_missing)
         self.summary = Summary(missing_tasks=missing)
         with self.store.lock():
             before = self.store.experiment() if self.store.exists else None
-            recorded = None if before is None else Conditions.from_json(before["conditions"])
-            self.conditions = conditions_of(grid, recorded, settings)
+            self.conditions = conditions_of(grid, self.store, settings)
+            self._moved: Moved | None = None
             lanes = {}
-            if before is not None and recorded is not None:
+            if before is not None:
                 _check_joins(grid, before, directory, settings)
-                if self.conditions.computes_as(recorded):
+                recorded = Conditions.from_json(before["conditions"])
+                if self.conditions == recorded:
                     lanes = before["conditions"]["lanes"]
                 else:
-                    self._clear_for_moving(recorded)
+                    self._moved = self._move(recorded)
             self.store.write_experiment(_described(grid, settings, self.conditions, lanes, before))
         torch.set_num_threads(self.conditions.threads)
         self._taken_over: set[str] = set()
@@ -178,6 +196,8 @@ class Sweep:
             TrainingInterrupted: ``should_stop`` said so; everything is saved.
         """
         tell = on_event or (lambda event: None)
+        if self._moved is not None:
+            tell(self._moved)
         with connected(self.settings.ray):
             for base in self.grid.base:
                 self._run_base(base, tell, should_stop)
@@ -194,20 +214,33 @@ class Sweep:
         """Return a base in the experiment's precision."""
         return open_encoder(base, self.conditions.dtype, self.conditions.device)
 
-    def _clear_for_moving(self, recorded: Conditions) -> None:
-        """Forget groups that were begun under other conditions: nobody can go on with them here.
+    def _move(self, recorded: Conditions) -> Moved:
+        """Forget what was begun or failed under other conditions: it is made from its start here.
 
         Raises:
-            UsageError: someone works on one of them.
+            UsageError: someone works on it.
         """
         claims = self.store.claims()
         if alive := [f"{claim.host}:{claim.pid}" for claim in claims if claim.is_alive]:
             raise UsageError(
                 f"{self.store.directory} cannot move from {recorded} to {self.conditions}: "
-                f"{', '.join(dict.fromkeys(alive))} works on it there; stop that first"
+                f"{', '.join(dict.fromkeys(alive))} works on it there; stop that first. One that "
+                f"is no more counts as gone {STALE_SECONDS / 60:g} minutes after its last sign"
             )
         for claim in claims:
             self.store.release(claim.group)
+        failed = [i for i, state in self.store.finished().items() if state == "failed"]
+        for run_id in failed:
+            self.store.forget(run_id)
+        return Moved(recorded, self.conditions, len(claims), len(failed))
+
+    def _check_not_moved(self) -> None:
+        """Stop where another process has moved the experiment: these runs would be made twice."""
+        now = Conditions.from_json(self.store.experiment()["conditions"])
+        if now != self.conditions:
+            raise BitfitError(
+                f"{self.store.directory} was moved to {now} meanwhile; what is finished is kept"
+            )
 
     # ------------------------------------------------------------------ one base
 
@@ -255,18 +288,19 @@ class Sweep:
 
     def _prepare(self, planner: Planner) -> None:
         """Copy what other experiments have, and forget failed runs that are to be made again."""
-        runs = {run.id: _place(run) for run in planner.search()}
         if self.settings.retry_failed:
             # Those of this grid and base: no one would make the others again.
-            own = {i for run in (*planner.search(), *planner.repeats()) for i in planner.ids(run)}
+            own = {run.id for run in (*planner.search(), *planner.repeats())}
             for run_id, state in self.store.finished().items():
                 if state == "failed" and run_id in own:
                     self.store.forget(run_id)
         for directory in self.settings.reuse:
-            for _ in range(2):  # the repeats are known when the search is there
-                wanted = runs.keys() - self.store.finished().keys()
-                self.store.reuse(Store(directory), wanted, runs)
-                runs |= {run.id: _place(run) for run in planner.repeats()}
+            for runs in (planner.search, planner.repeats):  # known when the search is there
+                finished = self.store.finished()
+                for run in runs():
+                    if run.id not in finished:
+                        self.store.reuse(Store(directory), planner.ids(run), _place(run))
+                planner.look_again()
 
     def _progress(self, planner: Planner) -> tuple[int, int]:
         finished = self.store.finished()
@@ -280,6 +314,7 @@ class Sweep:
     ) -> tuple[Group | None, list[Claim]]:
         """Return a group that is now ours; without one, the groups that others work on."""
         with self.store.lock():
+            self._check_not_moved()
             claims = self.store.claims()
             finished = self.store.finished()
             # Ours are alive though this machine slept longer than a claim lasts.
@@ -406,8 +441,14 @@ def _described(
     }  # fmt: skip
 
 
-def conditions_of(grid: Grid, recorded: Conditions | None, settings: Settings) -> Conditions:
-    """Return the conditions under which a sweep goes on; as :func:`choose_conditions`."""
+def conditions_of(grid: Grid, store: Store, settings: Settings) -> Conditions:
+    """Return the conditions under which a sweep begins or goes on, as :func:`choose_conditions`.
+
+    One that begins with ``move`` comes from where the first of those that it reuses is.
+    """
+    origins = [store, *(map(Store, settings.reuse) if settings.move else ())]
+    there = [one.experiment()["conditions"] for one in origins if one.exists]
+    recorded = Conditions.from_json(there[0]) if there else None
     return choose_conditions(
         grid, recorded, dtype=settings.dtype, device=settings.device, threads=settings.threads,
         move=settings.move,

@@ -151,9 +151,11 @@ def cost_table(results: Results) -> Table | None:
 
 
 def _machine(record: Mapping[str, Any]) -> str:
-    """Return the device and the precision that times of a run belong to."""
+    """Return the machine, precision and threads that times of a run belong to."""
     environment = record.get("environment") or {}
     known = [environment.get("machine") or environment.get("device"), environment.get("dtype")]
+    if threads := environment.get("threads"):
+        known.append(f"{threads} {'thread' if threads == 1 else 'threads'}")
     return ", ".join(str(part) for part in known if part)
 
 
