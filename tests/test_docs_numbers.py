@@ -1,0 +1,208 @@
+"""Numbers in the pages are those of the result files that they name."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
+
+
+def result(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def tables_of(page):
+    """The body rows of every table of a page, by its header."""
+    found = {}
+    lines = iter(page.read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if not line.startswith("|"):
+            continue
+        rows = found.setdefault(cells(line), [])
+        for row in lines:
+            if not row.startswith("|"):
+                break
+            if not set(row) <= set("|-: "):
+                rows.append(cells(row))
+    return found
+
+
+def cells(line):
+    return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
+
+
+def table(page, *header):
+    """The rows of the one table whose header begins with these cells."""
+    found = [rows for key, rows in tables_of(page).items() if key[: len(header)] == header]
+    assert len(found) == 1, header
+    return found[0]
+
+
+def whole(value, unit=""):
+    return "" if value is None else f"{value:,.0f}{unit}"
+
+
+def percent(value):
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def megabytes(value):
+    if value is None:
+        return ""
+    scaled = value / 1e6
+    return f"{scaled:.2f} MB" if scaled < 0.095 else f"{scaled:.{int(scaled < 9.5)}f} MB"
+
+
+def ratio(value, digits=2):
+    return f"{value:.{digits}f}"
+
+
+def test_the_table_of_mixed_batches_is_that_of_its_file():
+    shown = table(BENCHMARKS, "answered by", "tasks", "items/s")
+    rows = result("serve_sst2.json")["rows"]
+    assert [row[1:] for row in shown] == [
+        (
+            whole(r["tasks"]), whole(r["items_per_second"]), ratio(r["ratio_to_folded"]),
+            ratio(r["cpu_ratio_to_folded"]), whole(r["p50_ms"], " ms"), whole(r["p99_ms"], " ms"),
+        )
+        for r in rows
+    ]  # fmt: skip
+
+
+def test_what_is_said_of_mixed_batches_is_in_their_files():
+    last = result("serve_sst2.json")
+    lines = (RESULTS / "serve_sst2_all.jsonl").read_text(encoding="utf-8").splitlines()
+    every = [json.loads(line) for line in lines]
+    assert every[-1] == last
+
+    def row(report, name):
+        return next(r for r in report["rows"] if r["name"] == name)
+
+    def times(report, other):
+        own, theirs = row(report, "mixed-1000"), row(report, other)
+        pairs = zip(own["batches_per_second_by_round"], theirs["batches_per_second_by_round"],
+                    strict=True)  # fmt: skip
+        shares = sorted(a / b for a, b in pairs)
+        return shares[len(shares) // 2]
+
+    text = BENCHMARKS.read_text(encoding="utf-8")
+    for other, said in (("lora-32", "**3.4 times**"), ("lora-all-32", "**5.3 times**")):
+        assert said.strip("*") == f"{times(last, other):.1f} times"
+        assert said in text
+    found = {ratio(row(report, "mixed-1000")["ratio_to_folded"]) for report in every}
+    assert found == {"0.93", "0.94", "0.97", "0.99"}
+    assert f"{min(found)} to {max(found)}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["sst2", "mrpc"])
+def test_the_table_of_lanes_is_that_of_its_file(name):
+    task = {"sst2": "SST-2", "mrpc": "MRPC"}[name]
+    rows = table(BENCHMARKS, "task", "lanes", "side by side, tokens/s")
+    shown = [row[1:] for row in rows if row[0] == task]
+    assert shown == [
+        (
+            whole(r["lanes"]), whole(r["tokens_per_second"]), whole(r["alone_tokens_per_second"]),
+            ratio(r["ratio"]), percent(r["roofline_fraction"]), megabytes(r["peak_memory_bytes"]),
+        )
+        for r in result(f"lanes_{name}.json")["tables"][0]["rows"]
+    ]  # fmt: skip
+
+
+def test_the_table_of_one_run_is_that_of_its_file():
+    shown = table(BENCHMARKS, "variant", "tokens/s", "to released")
+    rows = result("train_mrpc.json")["tables"][0]["rows"]
+    expected = [
+        (
+            whole(r["tokens_per_second"]), ratio(r["ratio"]), ratio(r["ratio_to_best_stock"]),
+            percent(r["roofline_fraction"]) if r["precision"] == "fp32" else "",
+            megabytes(r["peak_memory_bytes"]), megabytes(r["optimizer_bytes"]),
+            megabytes(r["checkpoint_bytes"]),
+        )
+        for r in rows
+        if r["tokens_per_second"] is not None
+    ]  # fmt: skip
+    assert [row[1:] for row in shown] == expected
+
+
+def test_the_table_over_http_is_that_of_its_file():
+    shown = table(BENCHMARKS, "answered by", "texts in a request")
+    expected = []
+    for r in result("http.json")["rows"]:
+        server = r["server"]
+        parts = [] if server is None else [server[k] for k in ("wait_ms", "batch_ms", "request_ms")]
+        expected.append((
+            r["title"], whole(r["items_per_request"]), whole(r["items_per_second"]),
+            ratio(r["ratio_to_engine"]), ratio(r["cpu_ms_per_item"], 1),
+            f"{r['p50_ms'] / 1000:.2f} s, {r['p99_ms'] / 1000:.2f} s",
+            ", ".join(f"{part:.0f}" for part in parts),
+        ))  # fmt: skip
+    assert shown == expected
+
+
+@pytest.mark.parametrize(("size", "column"), [("base", 1), ("large", 4)])
+def test_the_table_of_a_gpu_is_that_of_its_file(size, column):
+    shown = table(BENCHMARKS, "bf16, batch 8, lengths of MRPC")
+    values = {
+        r["what"]: r["value"] for r in result(f"gpu_{size}.json")["rows"]
+        if r["part"] == f"lanes {size}"
+    }  # fmt: skip
+    names = {
+        "stock biases": "stock",
+        "16 runs one after another": "the runs of 16 lanes, one after another",
+    }
+    for row in shown:
+        what = names.get(row[0], row[0])
+        assert row[column] == whole(values[what])
+        if row[0] == "16 runs one after another":
+            continue
+        peak = values[f"{what}: peak above the model"]
+        memory = f"{peak:.0f} MiB" if peak < 1024 else f"{peak / 1024:.1f} GiB"
+        assert row[column + 2] == memory
+
+
+@pytest.mark.parametrize("script", ["quality", "recipes"])
+def test_tables_of_scores_are_those_that_their_script_prints(script):
+    path = ROOT / "benchmarks" / f"{script}.py"
+    done = subprocess.run(
+        [sys.executable, str(path), "--table"], capture_output=True, text=True, check=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    printed = {cells(line) for line in done.stdout.splitlines() if line.startswith("|")}
+    headers = {key for key in printed if key[0] == "task"}
+    page = ROOT / "docs" / f"{script}.md"
+    tables = {key: rows for key, rows in tables_of(page).items() if key in headers}
+    assert len(tables) == len(headers)
+    for rows in tables.values():
+        assert rows
+        assert set(rows) <= printed
+
+
+# ------------------------------------------------------------------ experiments
+
+REPRODUCE = ROOT / "docs" / "reproduce.md"
+NUMBER = re.compile(r"(?<![\w.-])\d+\.\d(?![\d.])")
+
+
+def bullets():
+    """Each point of 'What has been run' with the reports that it leads to."""
+    text = REPRODUCE.read_text(encoding="utf-8")
+    section = text.partition("## What has been run")[2].partition("\n## ")[0]
+    points = re.split(r"^- ", section, flags=re.MULTILINE)[1:]
+    return [(p, re.findall(r"\]\((results/[\w-]+/report\.md)", p)) for p in points]
+
+
+@pytest.mark.parametrize(
+    ("point", "reports"), bullets(), ids=[p.partition("](")[0][1:] for p, _ in bullets()]
+)
+def test_a_score_that_is_named_stands_in_the_report_that_is_linked(point, reports):
+    assert reports
+    found = "\n".join((ROOT / "docs" / path).read_text(encoding="utf-8") for path in reports)
+    there = set(re.findall(r"\d+\.\d", found))
+    named = set(NUMBER.findall(re.sub(r"\]\([^)]*\)", "]", point)))
+    assert named <= there
