@@ -755,7 +755,7 @@ def test_what_cannot_be_kept_is_not_served(tmp_path, monkeypatch):
         def fail(*_, **__):
             raise bitfit.BitfitError("no space left")
 
-        monkeypatch.setattr(site.service.uploads, "record", fail)
+        monkeypatch.setattr(site.service.changes.uploads, "record", fail)
         response = await client.put("/v1/tasks/new", content=GOOD)
         assert response.status_code == 500
         assert "new" not in site.shelf.versions
@@ -770,7 +770,7 @@ def test_a_rollback_that_cannot_be_kept_is_undone(tmp_path, monkeypatch):
 
         for file in (GOOD, task_file("new", labels=("no", "yes")).to_bytes()):
             now = (await client.put("/v1/tasks/new", content=file)).json()
-        monkeypatch.setattr(site.service.uploads, "record", fail)
+        monkeypatch.setattr(site.service.changes.uploads, "record", fail)
         assert (await client.post("/v1/tasks/new/rollback")).status_code == 500
         assert site.shelf.info("new").fingerprint == now["fingerprint"]
 
@@ -784,7 +784,7 @@ def test_what_is_no_bug_is_not_called_one_and_the_log_says_what_it_is(
         def fail(*_, **__):
             raise bitfit.BitfitError("/secret/place: no space left")
 
-        monkeypatch.setattr(site.service.uploads, "record", fail)
+        monkeypatch.setattr(site.service.changes.uploads, "record", fail)
         response = await client.put("/v1/tasks/new", content=GOOD)
         error = error_of(response)
         assert (response.status_code, error["code"]) == (500, "failed")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import bitfit
 from bitfit.comparison import bias_change, compare
 from bitfit.errors import BitfitError, UnknownTask, UnreadableTaskFile
 from bitfit.freed import trim
+from bitfit.serve.changes import Changes, bytes_of
 from bitfit.serve.engine import Answer, Engine, Item, Ready, parts
 from bitfit.serve.failures import RequestFailed, closing
 from bitfit.serve.logs import log
@@ -26,10 +27,9 @@ from bitfit.serve.microbatch import (
     Refused,
 )
 from bitfit.serve.settings import ServeConfig
-from bitfit.serve.shelf import Change, Shelf, TaskInfo
-from bitfit.serve.uploads import Entry, FolderFile, Listed, Uploads
+from bitfit.serve.shelf import Shelf, TaskInfo
+from bitfit.serve.uploads import Uploads
 from bitfit.serve.wire import number
-from bitfit.taskfile import TaskFile
 from bitfit.terms import SYMBOLS
 
 TRIM_SECONDS = 5.0
@@ -60,9 +60,10 @@ class Service:
         base: Mapping[str, Any] | None = None,
         uploads: Uploads | None = None,
     ) -> None:
-        self.shelf, self.engine, self.config, self.uploads = shelf, engine, config, uploads
+        self.shelf, self.engine, self.config = shelf, engine, config
         self.base = dict(base or {})
         self.metrics = Metrics(task_labels=config.task_labels)
+        self.changes = Changes(shelf, config.tasks, uploads, self.metrics)
         self.ready = False
         """Whether requests are taken: started, and not told to stop."""
         self._threads = {
@@ -72,8 +73,6 @@ class Service:
         self._watcher: asyncio.Task[None] | None = None
         self._trimmer: asyncio.Task[None] | None = None
         self._has_computed = False
-        self._applied: dict[str, Entry] = {}
-        self._in_folder: dict[str, str] = {}  # fingerprints of the folder's files by name
         self.queue: MicroBatcher[Ready, Answer] = MicroBatcher(
             self._compute,
             Limits(
@@ -96,7 +95,7 @@ class Service:
             BitfitError: the list of uploaded tasks is damaged.
         """
         if self.config.tasks is not None:
-            await self._in("tasks", self._look, True)
+            await self._in("tasks", lambda: self.changes.look(strict=True))
         self.queue.start()
         self._trimmer = asyncio.get_running_loop().create_task(self._trim())
         if self.config.tasks is not None and self.config.watch_seconds > 0:
@@ -207,7 +206,7 @@ class Service:
         """
         found = await self._prepare(items, deadline)
         gone = [i for i, one in enumerate(found) if isinstance(one, UnreadableTaskFile)]
-        if not gone or self.uploads is None or not self.uploads.has_changed():
+        if not gone or not self.changes.may_be_behind:
             return found
         try:
             with suppress(BitfitError):  # then the first error stands
@@ -277,39 +276,9 @@ class Service:
             BitfitError: it cannot be kept.
         """
         async with self._changing:
-            info, is_new = await self._in("tasks", self._put, name, data, pinned, by)
-        self._changed("added" if is_new else "replaced", info)
-        return info, is_new
-
-    def _put(self, name: str, data: bytes, pinned: bool, by: str | None) -> tuple[TaskInfo, bool]:
-        file = TaskFile.from_bytes(data, "the upload")
-        with self._alone():
-            if (done := self._made(name, by)) is not None:
-                return self.shelf.info(name), len(done.files) == 1 and done.over is None
-            is_new = name not in self.shelf
-            if self.uploads is None:
-                return self.shelf.put(name, file, pinned=pinned), is_new
-            return self._put_kept(name, data, file, pinned, by), is_new
-
-    def _put_kept(
-        self, name: str, data: bytes, file: TaskFile, pinned: bool, by: str | None
-    ) -> TaskInfo:
-        assert self.uploads is not None
-        is_new = name not in self.shelf
-        digest, is_kept = self.uploads.keep(data)
-        source = str(self.uploads.path(digest))
-        try:
-            info = self.shelf.put(name, file, source=source, pinned=pinned)
-        except BitfitError:
-            if not is_kept:
-                self.uploads.forget(digest)
-            raise
-        try:
-            self._record(name, digest, info, by)
-        except BitfitError:  # neither here nor there
-            self.shelf.remove(name) if is_new else self.shelf.rollback(name)
-            raise
-        return info
+            return await self._in(
+                "tasks", lambda: self.changes.put(name, data, pinned=pinned, by=by)
+            )
 
     async def rollback(self, name: str, *, by: str | None = None) -> TaskInfo:
         """Make the version before the current one, under a new number, and return it.
@@ -323,30 +292,7 @@ class Service:
             RequestFailed: 409, it has no version before.
         """
         async with self._changing:
-            info = await self._in("tasks", self._rollback, name, by)
-        self._changed("rolled_back", info)
-        return info
-
-    def _rollback(self, name: str, by: str | None) -> TaskInfo:
-        with self._alone():
-            if self._made(name, by) is not None:
-                return self.shelf.info(name)
-            return self._roll_back(name, by)
-
-    def _roll_back(self, name: str, by: str | None) -> TaskInfo:
-        if not self.shelf.info(name).can_roll_back:
-            raise RequestFailed(
-                409, f"task {name!r} has no version before this one", code="no_version_before"
-            )
-        info = self.shelf.rollback(name)
-        if self.uploads is not None:
-            try:
-                digest, _ = self.uploads.keep(_bytes_of(self.shelf.file(name)))
-                self._record(name, digest, info, by)
-            except BitfitError:  # neither here nor there
-                self.shelf.rollback(name)
-                raise
-        return info
+            return await self._in("tasks", lambda: self.changes.rollback(name, by=by))
 
     async def remove(self, name: str, *, by: str | None = None) -> None:
         """Take a task out.
@@ -359,54 +305,7 @@ class Service:
             UnknownTask: there is no such task.
         """
         async with self._changing:
-            info = await self._in("tasks", self._remove, name, by)
-        if info is not None:
-            self._changed("removed", info)
-
-    def _remove(self, name: str, by: str | None) -> TaskInfo | None:
-        with self._alone():
-            if self._made(name, by) is not None:
-                return None
-            info = self.shelf.info(name)
-            if self.uploads is None:
-                self.shelf.remove(name)
-            else:  # nobody may still want to read the files that go
-                self._record(name, None, info, by, lambda: self.shelf.remove(name))
-            return info
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Be the only server that changes tasks, with what the others did taken over.
-
-        Else two that share a folder would give one number to two versions, and remember other
-        versions before.
-        """
-        if self.uploads is None:
-            yield
-            return
-        with self.uploads.locked():
-            self._look()
-            yield
-
-    def _made(self, name: str, by: str | None) -> Entry | None:
-        """Return what a change left that was made already; None: it was not."""
-        entry = self._applied.get(name)
-        return entry if by is not None and entry is not None and entry.by == by else None
-
-    def _record(
-        self, name: str, digest: str | None, info: TaskInfo, by: str | None,
-        then: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
-        assert self.uploads is not None
-        over = self._in_folder.get(name)
-        self._applied[name] = self.uploads.record(
-            name, digest, version=info.version, over=over, pinned=info.pinned, by=by, then=then
-        )
-
-    def _changed(self, change: str, info: TaskInfo) -> None:
-        self.metrics.changed(change)
-        log("task", change=change, task=info.name, version=info.version,
-            fingerprint=info.fingerprint)  # fmt: skip
+            await self._in("tasks", lambda: self.changes.remove(name, by=by))
 
     async def infos(self) -> list[TaskInfo]:
         """Return every task, by name."""
@@ -436,7 +335,7 @@ class Service:
         Raises:
             UnknownTask: there is no such task.
         """
-        return await self._in("tasks", lambda: _bytes_of(self.shelf.file(name)))
+        return await self._in("tasks", lambda: bytes_of(self.shelf.file(name)))
 
     async def compare(self, a: str, b: str) -> list[dict[str, Any]]:
         """Return :func:`bitfit.comparison.compare` of two tasks, with the terms' symbols.
@@ -466,74 +365,7 @@ class Service:
             BitfitError: the list of uploaded tasks is damaged.
         """
         async with self._changing:
-            await self._in("tasks", self._look)
-
-    def _look(self, strict: bool = False) -> None:
-        if self.config.tasks is not None:
-            self._look_at_folder(self.config.tasks)
-        if self.uploads is None or not (strict or self.uploads.has_changed()):
-            return
-        for name, entry in self.uploads.entries().items():
-            is_older = name in self._in_folder and entry.over != self._in_folder[name]
-            if self._applied.get(name) == entry or is_older:
-                continue
-            try:
-                self._apply(name, entry)
-                self._applied[name] = entry
-            except BitfitError as error:  # a shared folder may show the list before the file
-                self.uploads.look_again()
-                log("upload_failed", level=logging.WARNING, task=name, message=str(error))
-
-    def _look_at_folder(self, folder: str) -> None:
-        listed: Listed | None = None
-
-        def number(name: str, fingerprint: str) -> int:
-            """Return the version that a file has at least, by what all servers wrote down."""
-            nonlocal listed
-            if listed is None:
-                listed = self.uploads.listed() if self.uploads is not None else Listed()
-            return listed.number(name, fingerprint)
-
-        replaced = {}
-        for change in self.shelf.sync(folder, number):
-            self._note(change)
-            if change.info is not None and change.info.version > 1:
-                replaced[change.name] = FolderFile(change.info.fingerprint, change.info.version)
-        if replaced and self.uploads is not None:
-            with suppress(BitfitError):  # a folder that may only be read: each counts for itself
-                self.uploads.record_folder(replaced)
-
-    def _apply(self, name: str, entry: Entry) -> None:
-        """Make of a task what the list of uploads says; its version before can come back too."""
-        assert self.uploads is not None
-        if not entry.files:
-            self.shelf.begin_after(name, entry.version)
-            with suppress(UnknownTask):
-                self.shelf.remove(name)
-            return
-        has_before = name in self.shelf and self.shelf.info(name).version >= entry.version - 1
-        digests = entry.files[-1:] if has_before else entry.files[-2:]
-        for earlier, digest in zip(range(len(digests) - 1, -1, -1), digests, strict=True):
-            info = self.shelf.put(
-                name, self.uploads.read(digest), source=str(self.uploads.path(digest)),
-                pinned=entry.pinned, version=entry.version - earlier,
-            )  # fmt: skip
-            self._changed_by_others(info)
-
-    def _changed_by_others(self, info: TaskInfo) -> None:
-        log("task", change="taken_over", task=info.name, version=info.version,
-            fingerprint=info.fingerprint)  # fmt: skip
-
-    def _note(self, change: Change) -> None:
-        """Remember what the folder holds, and say what changed there."""
-        if change.info is not None:
-            self._in_folder[change.name] = change.info.fingerprint
-        elif change.what == "removed":
-            self._in_folder.pop(change.name, None)
-        self.metrics.changed(change.what)
-        level = logging.WARNING if change.what == "refused" else logging.INFO
-        log("folder", level=level, change=change.what, task=change.name,
-            message=change.message or None)  # fmt: skip
+            await self._in("tasks", self.changes.look)
 
     # --- numbers --------------------------------------------------------------------------------
 
@@ -565,10 +397,6 @@ def describe_limits(config: ServeConfig) -> dict[str, Any]:
     """Return what a server says of its limits."""
     names = ("max_items", "max_text_chars", "max_body_bytes", "deadline_ms", "max_upload_bytes")
     return {name: getattr(config, name) for name in names}
-
-
-def _bytes_of(file: TaskFile) -> bytes:
-    return file.to_bytes(file.dtype)
 
 
 def _release(ready: Ready) -> None:
