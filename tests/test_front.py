@@ -15,7 +15,8 @@ from tiny import make_task
 from bitfit.errors import BitfitError, UsageError
 from bitfit.serve import front as front_module
 from bitfit.serve.app import make_app
-from bitfit.serve.front import Front, Link, Lost
+from bitfit.serve.front import Front
+from bitfit.serve.link import Link, Lost
 from bitfit.serve.replica import Job, Replica, Reply
 from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig

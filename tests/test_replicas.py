@@ -25,7 +25,7 @@ from bitfit import cli
 from bitfit.client import Client
 from bitfit.errors import BitfitError, UsageError
 from bitfit.serve import deploy
-from bitfit.serve.front import Lost
+from bitfit.serve.link import Lost
 from bitfit.serve.replica import Job
 from bitfit.serve.settings import ServeConfig
 

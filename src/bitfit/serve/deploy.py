@@ -24,7 +24,7 @@ import torch
 
 from bitfit.cluster import connected, import_ray
 from bitfit.errors import BitfitError, MissingExtra, UsageError
-from bitfit.serve.front import Link, Lost
+from bitfit.serve.link import Link, Lost
 from bitfit.serve.replica import Job, Replica, Reply
 from bitfit.serve.sources import is_url
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from bitfit.serve.microbatch import BatchReport
 
@@ -153,3 +155,26 @@ class Metrics:
     def render(self) -> bytes:
         """Return everything in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class Labelled(Collector):
+    """The metrics of several processes as one set, each sample with the label ``replica``."""
+
+    def __init__(self, found: dict[str, Iterable[Metric]]) -> None:
+        self._found = found
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield each metric once, with the samples of all."""
+        merged: dict[str, Metric] = {}
+        for replica, metrics in self._found.items():
+            for metric in metrics:
+                if not metric.samples:
+                    continue
+                into = merged.setdefault(
+                    metric.name, Metric(metric.name, metric.documentation, metric.type)
+                )
+                for sample in metric.samples:
+                    if not sample.name.endswith("_created"):
+                        labels = {**sample.labels, "replica": replica}
+                        into.add_sample(sample.name, labels, sample.value)
+        yield from merged.values()
