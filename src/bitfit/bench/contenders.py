@@ -32,6 +32,8 @@ from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task, TextExample
 from bitfit.terms import FAMILIES, choose_sites
 
+OTHERS = 8
+"""Contenders beside bitfit's mixed batches, of which there is one for each number of tasks."""
 LORA_RANK = 8
 # The places of BitFit's biases that a LoRA adapter can be at.
 PROJECTIONS = ("query", "key", "value", "attention_output", "intermediate", "output")
@@ -343,4 +345,5 @@ def choose_contenders(
             )
         ),
     ]  # fmt: skip
+    assert len(found) == len(counts) + OTHERS
     return found

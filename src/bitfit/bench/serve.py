@@ -14,7 +14,14 @@ import numpy as np
 import torch
 
 from bitfit.batches import make_features
-from bitfit.bench.contenders import Answer, Contender, Request, choose_contenders, random_task
+from bitfit.bench.contenders import (
+    OTHERS,
+    Answer,
+    Contender,
+    Request,
+    choose_contenders,
+    random_task,
+)
 from bitfit.bench.memory import give_back, resident_bytes
 from bitfit.bench.plan import check_choices
 from bitfit.bench.runs import Unavailable, ratio
@@ -49,6 +56,11 @@ class ServePlan:
     items: int
     rounds: int
     storage: StorageType
+
+    @property
+    def turns(self) -> int:
+        """How often something is told: the tasks are made, then each contender has its turns."""
+        return 1 + (self.rounds + 1) * (len(self.counts) + OTHERS)
 
 
 @dataclass
