@@ -1182,7 +1182,7 @@ def test_reproduce_all_takes_of_the_options_what_each_experiment_has(tmp_path: P
         "name": "all", "out": tmp_path, "data": tmp_path, "tasks": "squad,rte",
         "rows": "BitFit,b_q",
         "limit": "rte=100,50", "dtype": "auto", "device": "auto", "lanes": "auto", "resume": False,
-        "retry_failed": False,
+        "move": False, "retry_failed": False,
     }  # fmt: skip
     orders = sweeping.paper_grids(given)
     names = [order.grid.name for order in orders]
