@@ -262,48 +262,19 @@ class Service:
     async def put(
         self, name: str, data: bytes, *, pinned: bool = False, by: str | None = None
     ) -> tuple[TaskInfo, bool]:
-        """Add or replace a task by the file in ``data``; return it, and whether it is new.
-
-        Args:
-            name: the task's.
-            data: the bytes of a task file.
-            pinned: keep its row in memory.
-            by: a name of this very change: asked for again, at any server of the same folder, it
-                is not made again.
-
-        Raises:
-            TaskFileError: the file is refused.
-            BitfitError: it cannot be kept.
-        """
+        """Add or replace a task; return it, and whether it is new. All as :meth:`Changes.put`."""
         async with self._changing:
             return await self._in(
                 "tasks", lambda: self.changes.put(name, data, pinned=pinned, by=by)
             )
 
     async def rollback(self, name: str, *, by: str | None = None) -> TaskInfo:
-        """Make the version before the current one, under a new number, and return it.
-
-        Args:
-            name: the task's.
-            by: as of ``put``.
-
-        Raises:
-            UnknownTask: there is no such task.
-            RequestFailed: 409, it has no version before.
-        """
+        """Make the version before the current one, and return it. As :meth:`Changes.rollback`."""
         async with self._changing:
             return await self._in("tasks", lambda: self.changes.rollback(name, by=by))
 
     async def remove(self, name: str, *, by: str | None = None) -> None:
-        """Take a task out.
-
-        Args:
-            name: the task's.
-            by: as of ``put``.
-
-        Raises:
-            UnknownTask: there is no such task.
-        """
+        """Take a task out. As :meth:`Changes.remove`."""
         async with self._changing:
             await self._in("tasks", lambda: self.changes.remove(name, by=by))
 
