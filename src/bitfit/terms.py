@@ -94,6 +94,12 @@ FAMILIES: dict[str, dict[str, str]] = {
     "albert": _ALBERT,
 }
 
+
+def paths_pattern(paths: Iterable[str]) -> str:
+    """Return the expression that whole module paths match, ``{}`` being the number of any layer."""
+    return "|".join(re.escape(path).replace(r"\{\}", r"\d+") for path in paths)
+
+
 # The released code looks for these strings *inside* a parameter's name (fidelity: its trap).
 _RELEASED = {
     "query": ("query",),

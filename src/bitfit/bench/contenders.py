@@ -30,7 +30,7 @@ from bitfit.serve.engine import Engine, Item, Ready
 from bitfit.serve.shelf import Shelf
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task, TextExample
-from bitfit.terms import FAMILIES, choose_sites
+from bitfit.terms import FAMILIES, choose_sites, paths_pattern
 
 OTHERS = 8
 """Contenders beside bitfit's mixed batches, of which there is one for each number of tasks."""
@@ -260,8 +260,7 @@ def _targets(model: Any, terms: Sequence[str]) -> str:
     family = str(model.config.model_type)
     if family not in FAMILIES:
         raise Unavailable(f"where the projections of {family!r} stand is not known")
-    paths = (re.escape(FAMILIES[family][term]) for term in terms)
-    return "|".join(path.replace(r"\{\}", r"\d+") for path in paths)
+    return paths_pattern(FAMILIES[family][term] for term in terms)
 
 
 def classifier(base: str, device: torch.device) -> Any:

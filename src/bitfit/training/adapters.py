@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from bitfit.encoder import Encoder
 from bitfit.errors import MissingExtra, UsageError
 from bitfit.heads import Head
 from bitfit.leaves import BankedLayerNorm, BankedLinear
-from bitfit.terms import FAMILIES
+from bitfit.terms import FAMILIES, paths_pattern
 from bitfit.training.single import Numbers, SingleRun
 
 # The prefix that a PeftModel writes before the names of the model it is around.
@@ -181,7 +180,7 @@ def _targets(encoder: Encoder, method: str, terms: Iterable[str]) -> str:
         )
     else:
         paths = {FAMILIES[family][term] for term in terms}
-    return "|".join(re.escape(path).replace(r"\{\}", r"\d+") for path in sorted(paths))
+    return paths_pattern(sorted(paths))
 
 
 def _made_by_peft(
