@@ -26,6 +26,7 @@ from bitfit.experiments.report.differences import Draws, to_reference
 from bitfit.experiments.report.results import Results
 from bitfit.experiments.report.table import Summary, points, rate_text
 from bitfit.experiments.report.tables import all_tables
+from bitfit.experiments.report.texts import as_csv, as_latex, as_markdown
 from bitfit.experiments.report.words import sections
 
 
@@ -228,8 +229,25 @@ def test_what_runs_cost_is_told_for_each_machine_of_a_moved_experiment(tmp_path)
     ]
     said = words_of(sample)["setup"]
     assert "Conditions: device cpu, dtype fp32, threads 2." in said
-    assert "Before it was moved: device cuda, dtype tf32, threads 1;" in said
+    assert "Before it was moved: device cuda, dtype tf32, threads 1." in said
     assert "machine EPYC, dtype fp32, threads 2 (2 runs)." in said
+
+
+def test_a_score_over_seeds_of_two_precisions_is_marked_and_the_mark_explained(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit", "Frozen"], tasks=["rte"])
+    for seed, dtype, device in ((0, "tf32", "cuda"), (1, "fp32", "cpu")):
+        sample.done("BitFit", RTE, seed=seed, environment={"dtype": dtype, "device": device})
+        sample.done("Frozen", RTE, seed=seed, environment={"dtype": "fp32", "device": "cpu"})
+    for key in ("best", "mean-paper", "mean-split"):
+        table = tables_of(sample)[key]
+        mixed, pure = (row[1] for row in table.rows)
+        assert (mixed.mark, pure.mark) == ("†", "")
+        note = "†: the seeds of this cell were not all made under the same conditions, but in tf32"
+        assert sum(n.startswith(f"{note} on cuda and fp32 on cpu") for n in table.notes) == 1
+        assert f"{mixed.text} †" in as_markdown(table)
+        assert r"$\dagger$" in as_latex(table)
+        assert "†" not in as_csv(table)
+    assert not any("†" in note for note in tables_of(sample)["rates"].notes)
 
 
 # ------------------------------------------------------------------ learning curves

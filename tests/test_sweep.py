@@ -290,6 +290,27 @@ def move_to_fp32(checkpoint, data, out, **settings):
     return Sweep(small_grid(checkpoint()), out, Settings(data=data, **options))
 
 
+def rows_of_biases(checkpoint):
+    return small_grid(checkpoint()).only(rows=["BitFit", "Frozen"])
+
+
+def move_back_to_bf16(checkpoint, data, out, threads=1):
+    options = {"lanes": 2, "dtype": "bf16", "resume": True, "move": True, "threads": threads}
+    return Sweep(rows_of_biases(checkpoint), out, Settings(data=data, **options))
+
+
+def test_rows_that_train_weights_are_refused_in_bf16_before_anything_is_written(
+    checkpoint, data, tmp_path
+):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="'Full-FT' cannot run in bf16: weights are trained in"):
+        Sweep(small_grid(checkpoint()), out, Settings(data=data, dtype="bf16"))
+    assert not out.exists()
+    begin_in_bf16(checkpoint, data, out, budget_seconds=0.0).run()
+    with pytest.raises(UsageError, match="begun in bf16 with --move"):
+        small_sweep(checkpoint(), str(data), str(out))
+
+
 def test_a_moved_experiment_goes_on_where_it_is_and_repeats_nothing(checkpoint, data, tmp_path):
     out = tmp_path / "out"
     begin_in_bf16(checkpoint, data, out).run()
@@ -331,12 +352,14 @@ def test_what_is_done_in_one_precision_is_done_after_moving_there_and_back(
     out = tmp_path / "out"
     begin_in_bf16(checkpoint, data, out, budget_seconds=0.0).run()
     move_to_fp32(checkpoint, data, out).run()
-    back = move_to_fp32(checkpoint, data, out, dtype="bf16")
+    back = move_back_to_bf16(checkpoint, data, out)
     assert [c.dtype for c in back.conditions.earlier] == ["fp32"]
     assert back.run().made == 0
 
 
-@pytest.mark.parametrize("asked", [{"dtype": "bf16", "threads": 2}, {"dtype": "fp32"}])
+@pytest.mark.parametrize(
+    "asked", [{"dtype": "bf16", "threads": 2}, {"dtype": "fp32", "threads": 1}]
+)
 def test_groups_that_were_begun_begin_again_after_a_move(asked, checkpoint, data, tmp_path):
     """Their checkpoints are of other threads or another precision."""
     out, steps = tmp_path / "out", []
@@ -348,8 +371,10 @@ def test_groups_that_were_begun_begin_again_after_a_move(asked, checkpoint, data
         )
     assert left_in(out / "work")
     events = []
-    moved = move_to_fp32(checkpoint, data, out, **asked)
-    moved = Sweep(moved.grid.only(rows=["BitFit"]), out, replace(moved.settings, move=False))
+    grid = rows_of_biases(checkpoint).only(rows=["BitFit"])
+    options = {"lanes": 2, "resume": True, "move": True}
+    moved = Sweep(grid, out, Settings(data=data, **options, **asked))
+    moved = Sweep(grid, out, replace(moved.settings, move=False))
     assert moved.run(events.append).failed == []
     assert not left_in(out / "work")
 
@@ -394,7 +419,7 @@ def test_an_experiment_does_not_move_while_someone_works_on_it(checkpoint, data,
 
 def test_a_move_keeps_what_is_not_asked_for(checkpoint):
     bf16 = Conditions(dtype="bf16", device="cpu", threads=3)
-    grid = small_grid(checkpoint())
+    grid = rows_of_biases(checkpoint)
     moved = choose_conditions(grid, bf16, threads=2, move=True)
     assert (moved.dtype, moved.device, moved.threads, moved.earlier) == ("bf16", "cpu", 2, (bf16,))
     assert choose_conditions(grid, bf16, move=True) == bf16
@@ -420,9 +445,10 @@ def test_lanes_are_measured_again_after_a_move(checkpoint, data, tmp_path):
     described = store.experiment()
     described["conditions"]["lanes"] = {"some task": 64}
     store.write_experiment(described)
-    assert small_sweep(checkpoint(), str(data), str(out)).conditions.dtype == "bf16"
+    settings = Settings(data=data, threads=1, resume=True)
+    assert Sweep(rows_of_biases(checkpoint), out, settings).conditions.dtype == "bf16"
     assert store.experiment()["conditions"]["lanes"] == {"some task": 64}
-    move_to_fp32(checkpoint, data, out, dtype="bf16", threads=2)
+    move_back_to_bf16(checkpoint, data, out, threads=2)
     assert store.experiment()["conditions"]["lanes"] == {}
 
 

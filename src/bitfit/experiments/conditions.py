@@ -12,7 +12,7 @@ from bitfit.encoder import open_encoder
 from bitfit.errors import UsageError
 from bitfit.experiments.grid import Grid
 from bitfit.precision import precision_here
-from bitfit.training.settings import ROW_METHODS
+from bitfit.training.settings import PEFT_METHODS, ROW_METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,35 @@ def choose_conditions(
             stays, as far as this machine has it.
 
     Raises:
-        UsageError: others than recorded were asked for, without ``move``.
+        UsageError: others than recorded were asked for, without ``move``; or a row trains weights
+            that its precision has not in fp32.
     """
     if recorded is None:
-        return _new(grid, dtype, device, threads)
-    if move:
-        return recorded.moved_to(_here(recorded, dtype, device, threads))
+        found = _new(grid, dtype, device, threads)
+    elif move:
+        found = recorded.moved_to(_here(recorded, dtype, device, threads))
+    else:
+        found = _same(recorded, dtype, device, threads)
+    check_weights(grid, found.dtype)
+    return found
+
+
+def check_weights(grid: Grid, dtype: str) -> None:
+    """Refuse rows that train the base's weights in a precision that does not have them in fp32.
+
+    Raises:
+        UsageError: there are such rows.
+    """
+    names = [row.name for row in grid.rows if row.method not in (*ROW_METHODS, *PEFT_METHODS)]
+    if dtype == "bf16" and names:
+        raise UsageError(
+            f"{', '.join(map(repr, names))} cannot run in bf16: weights are trained in fp32. Take "
+            "--dtype fp32 (of an experiment that was begun in bf16 with --move), or name the other "
+            "rows with --rows"
+        )
+
+
+def _same(recorded: Conditions, dtype: str, device: str, threads: int | None) -> Conditions:
     for name, asked in (("dtype", dtype), ("device", device), ("threads", threads)):
         if asked not in (None, "auto", began := getattr(recorded, name)):
             raise UsageError(

@@ -62,6 +62,7 @@ class Planner:
             for size in grid.train_rows or (task.limit,)
         ]
         self._runs: dict[tuple[Any, ...], Run] = {}
+        self._before = self._finished_before()
         self._refuse_twins()
 
     def _refuse_twins(self) -> None:
@@ -148,9 +149,12 @@ class Planner:
         """Return the run, or the same in the precision in which it was done."""
         if not self.also:
             return run
-        states = self.store.finished()
         forms = [run, *(run.in_dtype(dtype) for dtype in self.also)]
-        return next((form for form in forms if states.get(form.id) == "done"), run)
+        return next((form for form in forms if self._before.get(form.id) == "done"), run)
+
+    def _finished_before(self) -> Mapping[str, str]:
+        # Once for all runs: what is made from now on is made in this precision.
+        return self.store.finished() if self.also else {}
 
     def ids(self, run: Run) -> list[str]:
         """Return the ids that a run has in each precision that counts, its own first."""
@@ -159,6 +163,7 @@ class Planner:
     def look_again(self) -> None:
         """Forget in which precision runs were done: some came from elsewhere."""
         self._runs.clear()
+        self._before = self._finished_before()
 
     def waiting(self, taken: Sequence[str] = ()) -> list[list[Run]]:
         """Return what is left to do: of the search, then of the repeats, each in its order.

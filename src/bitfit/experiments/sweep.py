@@ -21,7 +21,7 @@ from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
 from bitfit.experiments.claimed import Held
 from bitfit.experiments.cluster import RayExecutor, new_job
-from bitfit.experiments.conditions import Conditions, choose_conditions
+from bitfit.experiments.conditions import Conditions, check_weights, choose_conditions
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Event as TrainingEvent
 from bitfit.experiments.execute import Group
@@ -166,6 +166,8 @@ class Sweep:
         # Before anything is written: what cannot begin leaves all as it was.
         for base in grid.base:
             find_base(base)
+        if not self.store.exists:
+            check_weights(grid, settings.dtype)
         self.grid, missing = self.sources.there(grid, skip_missing=settings.skip_missing)
         self.summary = Summary(missing_tasks=missing)
         with self.store.lock():

@@ -185,15 +185,15 @@ def _cell(table: Table, place: int, cell: Cell, seeds: Mapping[str, str]) -> str
 def _linked(cell: Cell, seeds: Mapping[str, str]) -> str:
     """Return a cell's text, leading to its run, or unfolding the list of its runs."""
     if not cell.runs:
-        return escape(cell.text)
+        return escape(cell.marked)
     if len(cell.runs) == 1:
-        return f'<a href="#run-{escape(cell.runs[0])}">{escape(cell.text)}</a>'
+        return f'<a href="#run-{escape(cell.runs[0])}">{escape(cell.marked)}</a>'
     if cell.text == ", ".join(cell.runs):
         return ", ".join(f'<a href="#run-{escape(r)}">{escape(r)}</a>' for r in cell.runs)
     links = "".join(
         f'<a href="#run-{escape(run)}">{escape(seeds.get(run, run))}</a>' for run in cell.runs
     )
-    return f"<details><summary>{escape(cell.text)}</summary>{links}</details>"
+    return f"<details><summary>{escape(cell.marked)}</summary>{links}</details>"
 
 
 def _short(record: Mapping[str, Any]) -> str:

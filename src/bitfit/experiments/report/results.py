@@ -197,6 +197,18 @@ class Results:
             tuple(run for run, _ in found),
         )
 
+    def conditions(self, runs: Iterable[str]) -> list[str]:
+        """Return the distinct precisions and devices that runs were made in: ``fp32 on cpu``."""
+        return list(dict.fromkeys(self._conditions[run] for run in runs))
+
+    @cached_property
+    def _conditions(self) -> dict[str, str]:
+        found = {r["id"]: r.get("environment") or {} for r in self.done}
+        return {
+            run: " on ".join(str(e[key]) for key in ("dtype", "device") if key in e)
+            for run, e in found.items()
+        }
+
     def runs(self, line: Line, task: str) -> list[dict[str, Any]]:
         """Return every finished run of a cell, at any rate."""
         return [r for r in self.done if (self.line_of(r), r["task"]["name"]) == (line, task)]

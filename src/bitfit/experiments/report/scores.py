@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from bitfit.experiments.report.differences import WAYS
 from bitfit.experiments.report.paper import (
@@ -13,6 +14,7 @@ from bitfit.experiments.report.paper import (
 )
 from bitfit.experiments.report.results import Line, Results, TaskColumn
 from bitfit.experiments.report.table import (
+    DAGGER,
     DASH,
     Cell,
     Column,
@@ -81,6 +83,7 @@ def _wide(
         extra.append(f"Trained on a part of the rows: {limits}.")
     if len(results.columns) > 1:
         extra.append("average: the mean of the columns, where none is missing.")
+    extra += _mark_note(results, rows)
     base, where = _printed_base(results)
     if base:
         extra.append(
@@ -94,6 +97,7 @@ def _wide(
 
 def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[Cell, ...]:
     made = [make(line, column) for column in results.columns]
+    made = [(_marked(results, cell), value) for cell, value in made]
     cells = [text(results.label(line)), *(cell for cell, _ in made)]
     if len(results.columns) > 1:
         average = mean_column([value for _, value in made])
@@ -105,6 +109,23 @@ def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[C
     if results.failed:
         cells.append(number(sum(results.failures(line, task) for task in results.tasks)))
     return tuple(cells)
+
+
+def _marked(results: Results, cell: Cell) -> Cell:
+    mixed = len(results.conditions(cell.runs)) > 1
+    return replace(cell, mark=DAGGER) if mixed else cell
+
+
+def _mark_note(results: Results, rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """Return what the mark says, where a cell has it."""
+    marked = [cell for row in rows for cell in row if cell.mark]
+    if not marked:
+        return []
+    conditions = results.conditions(run for cell in marked for run in cell.runs)
+    return [
+        f"{DAGGER}: the seeds of this cell were not all made under the same conditions, but in "
+        f"{' and '.join(conditions)}."
+    ]
 
 
 def _printed_base(results: Results) -> tuple[str, str]:

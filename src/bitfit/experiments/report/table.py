@@ -15,6 +15,8 @@ import numpy as np
 
 DASH = "–"
 """What stands where nothing is known."""
+DAGGER = "†"
+"""Marks a cell whose runs were not all made under the same conditions."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,13 @@ class Cell:
     """The ids of the runs that it is made of."""
     printed: float | None = None
     """What the paper prints here, times 100."""
+    mark: str = ""
+    """A sign that a note below the table explains."""
+
+    @property
+    def marked(self) -> str:
+        """The text with its mark, for readers; tables for programs have the text alone."""
+        return f"{self.text} {self.mark}" if self.mark else self.text
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def _markdown_cell(table: Table, cell: Cell, runs: str) -> str:
     if cell.runs and cell.text == ", ".join(cell.runs):
         return ", ".join(f"[{run}]({runs}/{run}.json)" for run in cell.runs)
     printed = printed_text(table, cell)
-    return escape_markdown(cell.text) + (f" ({printed})" if printed else "")
+    return escape_markdown(cell.marked) + (f" ({printed})" if printed else "")
 
 
 def escape_markdown(written: str) -> str:
@@ -78,6 +78,7 @@ _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%",
     "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "±": r"$\pm$", "–": "--", "−": "$-$", "<": "$<$", ">": "$>$", "|": "$|$", '"': "''",
+    "†": r"$\dagger$",
 }  # fmt: skip
 _SYMBOL = re.compile(rf"\b(?:{'|'.join(SYMBOLS.values())})\b")
 
@@ -101,7 +102,7 @@ def as_latex(table: Table) -> str:
     ]
     lines.append(_latex_row([c.title for c in columns]))
     lines.append(r"\hline")
-    lines += [_latex_row([row[i].text for i in wanted]) for row in table.rows]
+    lines += [_latex_row([row[i].marked for i in wanted]) for row in table.rows]
     lines += _printed_rows(table, wanted)
     notes = " ".join(n for n in table.notes if not (table.is_wide and n.startswith("In brackets")))
     caption = f"{table.title}. {notes}".strip()

@@ -77,8 +77,7 @@ def _setup(results: Results) -> list[str]:
     if conditions := experiment.get("conditions"):
         lines.append(f"Conditions: {_value({**conditions, 'earlier': None})}.")
         lines += [
-            f"Before it was moved: {_value(earlier)}; a cell may have seeds of both."
-            for earlier in conditions.get("earlier", ())
+            f"Before it was moved: {_value(earlier)}." for earlier in conditions.get("earlier", ())
         ]
     lines += [f"Environment: {line}." for line in environments(results)]
     lines += [
