@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bitfit
+from bitfit import leaves
 from bitfit.base import encoder_tensors, load_base
 from bitfit.batches import make_features
 from bitfit.calibration import expected_calibration_error, fit_temperature, probabilities
@@ -23,6 +24,7 @@ from bitfit.errors import (
 )
 from bitfit.heads import make_head
 from bitfit.tasks import Task, TextExample
+from bitfit.training import methods
 from bitfit.training.adamw import AdamW, learning_rate_at, step_size
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import RandomMethod, make_method, random_places
@@ -439,6 +441,40 @@ def test_random_methods_change_only_what_was_drawn(method, open_tiny, checkpoint
     trainer.method.uninstall()
     given_back = encoder_tensors(encoder.model, encoder.pooler)
     assert all(torch.equal(given_back[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "albert", "deberta-v2"])
+@pytest.mark.parametrize("method", ["random", "released:row_col"])
+def test_chosen_scalars_get_the_gradients_that_full_fine_tuning_gives_them(
+    method, family, low_memory, open_tiny, monkeypatch
+):
+    """Though no gradient of a whole matrix is made; dropout is on."""
+    monkeypatch.setattr(leaves, "CHOSEN_TOKENS", 7)  # several parts
+    monkeypatch.setattr(methods, "_LARGE_TABLE", 30)  # the words'
+
+    def after_a_step(name):
+        encoder = open_tiny(family)
+        encoder.low_memory = low_memory
+        trainer = make_trainer(encoder, method=name, max_grad_norm=0)
+        monkeypatch.setattr(trainer.optimizer, "step", lambda *_: None)
+        next(trainer.steps_only())
+        return trainer.method
+
+    full, chosen = after_a_step("full"), after_a_step(method)
+    pieces = chosen.chosen.grad.split(chosen.counts)
+    for (name, index), found in zip(chosen.places.items(), pieces, strict=True):
+        whole = full.parameters[name].grad
+        expected = torch.zeros_like(found) if whole is None else whole.flatten()[index]
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    assert sum(piece.abs().sum() for piece in pieces) > 0
+    assert chosen.leaves
+    assert all(leaf.weight.grad is None for leaf in chosen.leaves.values())
+    assert bool(chosen.tables) == (method == "random")
+    assert all(table.sparse for table in chosen.tables)
+    chosen.uninstall()
+    assert not any(table.sparse for table in chosen.tables)
+    assert all(leaf.chosen is None for leaf in chosen.leaves.values())
 
 
 def test_random_draws_exactly_as_many_scalars_as_the_eight_terms(open_tiny):

@@ -23,6 +23,8 @@ from bitfit.fused_dropout import FusedDropout
 Masks: TypeAlias = StepDropout | FusedDropout
 # How many elements of a segment one thread of a GPU adds up.
 PART = 32
+# Of how many tokens the products of chosen scalars are in memory at once.
+CHOSEN_TOKENS = 1024
 
 
 class RowIndex:
@@ -217,8 +219,58 @@ class _AddByRow(torch.autograd.Function):
         return grad, ctx.index.sum_by_row(grad.flatten(0, -2)) if needed else None, None
 
 
+@dataclass(frozen=True)
+class ChosenScalars:
+    """Some scalars of a matrix, which are trained while all others stay."""
+
+    values: Tensor
+    """``(c,)``: what the gradients go to. The matrix has the same numbers."""
+    rows: Tensor
+    """``(c,)``: the row of each."""
+    columns: Tensor
+    """``(c,)``: the column of each."""
+
+
+class _LinearOfChosen(torch.autograd.Function):
+    """``x W^T + b``, which gives gradients of some scalars of ``W`` and of no others.
+
+    The gradient of all of ``W`` is a product as large as that of the forward pass; that of a scalar
+    is one sum over the tokens.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None,
+        values: Tensor, rows: Tensor, columns: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, rows, columns)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, weight, rows, columns) = grads, ctx.saved_tensors
+        of_x, _, of_bias, *_ = ctx.needs_input_grad
+        flat = grad.flatten(0, -2)
+        values = flat.new_zeros(len(rows))
+        for part, inputs in zip(
+            flat.split(CHOSEN_TOKENS), x.flatten(0, -2).split(CHOSEN_TOKENS), strict=True
+        ):
+            values += (part.index_select(1, rows) * inputs.index_select(1, columns)).sum(0)
+        return (
+            grad @ weight if of_x else None,
+            None,
+            flat.sum(0) if of_bias else None,
+            values,
+            None,
+            None,
+        )
+
+
 class BankedLinear(nn.Linear):
     """A Linear that adds ``bias + shift``, summed in fp32, with the shift of each token's row."""
+
+    chosen: ChosenScalars | None = None
+    """Which of its scalars get gradients, though the matrix is frozen."""
 
     def __init__(self, linear: nn.Linear, path: str, state: ForwardState) -> None:
         nn.Module.__init__(self)  # Linear's own would make a matrix
@@ -229,6 +281,8 @@ class BankedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b``, shape ``(..., out_features)``."""
         shift, index = self.state.shifts.get(self.path), self.state.index
+        if self.chosen is not None and torch.is_grad_enabled():
+            return self._with_chosen(x, self.chosen)
         if self.bias is None:
             return F.linear(x, self.weight)
         if shift is None:
@@ -242,6 +296,12 @@ class BankedLinear(nn.Linear):
         if not torch.is_grad_enabled():
             return _linear_by_row(x, self.weight, rows, index)
         linear: Tensor = _LinearByRow.apply(x, self.weight, rows, index)  # type: ignore[no-untyped-call]
+        return linear
+
+    def _with_chosen(self, x: Tensor, chosen: ChosenScalars) -> Tensor:
+        linear: Tensor = _LinearOfChosen.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.bias, chosen.values, chosen.rows, chosen.columns
+        )
         return linear
 
 

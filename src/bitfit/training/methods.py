@@ -20,7 +20,7 @@ from bitfit.batches import upload
 from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
 from bitfit.heads import Head
-from bitfit.leaves import BankedLinear
+from bitfit.leaves import BankedLinear, ChosenScalars
 from bitfit.terms import choose_sites
 from bitfit.training.adapters import AdapterMethod
 from bitfit.training.lane import Lane
@@ -172,8 +172,9 @@ class RandomMethod(SingleRun):
     """Train a random choice of the model's scalars, and the head.
 
     What is chosen is one flat tensor ``(count,)``, so that the optimizer, clipping, checkpoints
-    and processes handle a hundred thousand numbers and not the whole model. autograd still gives
-    the gradients of whole parameters; the chosen ones are read from them.
+    and processes handle a hundred thousand numbers and not the whole model. The matrices of Linear
+    layers give gradients of what was chosen only, the word embeddings of the batch's words; of
+    other parameters autograd gives whole ones, and the chosen ones are read from them.
     """
 
     def __init__(self, encoder: Encoder, head: Head, config: TrainConfig) -> None:
@@ -185,9 +186,22 @@ class RandomMethod(SingleRun):
         """Which scalars of a parameter are trained, by its name: places in it flattened."""
         self.parameters = {name: parameters[name] for name in self.places}
         self.counts = [len(index) for index in self.places.values()]
+        leaves = linear_weights(encoder, head)
+        self.leaves = {name: leaves[name] for name in self.places if name in leaves}
+        """The Linear layers whose matrices have chosen scalars, by the matrix' name."""
+        self.whole = {n: p for n, p in self.parameters.items() if n not in self.leaves}
+        """The parameters of which autograd gives whole gradients."""
+        self.tables = [
+            table for table in encoder.model.modules()
+            if isinstance(table, nn.Embedding) and table.num_embeddings > _LARGE_TABLE
+            and any(table.weight is parameter for parameter in self.whole.values())
+        ]  # fmt: skip
+        """The tables of embeddings of which autograd gives sparse gradients."""
+        widths = {name: leaf.in_features for name, leaf in self.leaves.items()}
+        self._inside = {n: (self.places[n] // w, self.places[n] % w) for n, w in widths.items()}
         parts = [p.detach().flatten()[self.places[n]] for n, p in self.parameters.items()]
         self.original = torch.cat(parts)
-        self.chosen = self.original.clone()
+        self.chosen = self.original.clone().requires_grad_()
         self.tensors = [self.chosen, self.flat]
 
     def numbers(self) -> Numbers:
@@ -214,33 +228,51 @@ class RandomMethod(SingleRun):
         """Return the chosen scalars of each parameter, ``(count,)`` each, by its name."""
         return dict(zip(self.places, self.chosen.detach().split(self.counts), strict=True))
 
+    def views(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return no row (the model itself changes) and the head, ``(1, h)``.
+
+        Each Linear layer gets its piece of the chosen scalars, for the gradients of this pass.
+        """
+        pieces = dict(zip(self.places, self.chosen.split(self.counts), strict=True))
+        for name, leaf in self.leaves.items():
+            leaf.chosen = ChosenScalars(pieces[name], *self._inside[name])
+        return super().views()
+
+    @torch.no_grad()
     def after_backward(self) -> None:
-        """Take the chosen scalars' gradients from those of their parameters."""
-        parts = [
-            self.chosen.new_zeros(len(self.places[name])) if parameter.grad is None
-            else parameter.grad.flatten()[self.places[name]]
-            for name, parameter in self.parameters.items()
-        ]  # fmt: skip
-        self.chosen.grad = torch.cat(parts)
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        """Take the gradients that autograd gave of whole parameters to those of the Linears."""
+        if self.chosen.grad is None:
+            self.chosen.grad = torch.zeros_like(self.chosen)
+        pieces = dict(zip(self.places, self.chosen.grad.split(self.counts), strict=True))
+        for name, parameter in self.whole.items():
+            if parameter.grad is not None:
+                pieces[name].copy_(_at_places(parameter.grad, self.places[name]))
+                parameter.grad = None
 
     def moved(self) -> None:
         """Put the chosen scalars into their parameters."""
         self._put(self.chosen)
 
     def install(self) -> None:
-        """Put the chosen scalars into the encoder, and ask for its parameters' gradients."""
+        """Put the chosen scalars into the encoder, and ask for gradients of whole parameters."""
         self.moved()
-        for parameter in self.parameters.values():
+        for parameter in self.whole.values():
             parameter.requires_grad_(True)
+        self._make_sparse(True)
 
     def uninstall(self) -> None:
         """Give the encoder its own numbers back, frozen."""
         self._put(self.original)
-        for parameter in self.parameters.values():
+        for leaf in self.leaves.values():
+            leaf.chosen = None
+        self._make_sparse(False)
+        for parameter in self.whole.values():
             parameter.grad = None
             parameter.requires_grad_(False)
+
+    def _make_sparse(self, wanted: bool) -> None:
+        for table in self.tables:
+            table.sparse = wanted
 
     @torch.no_grad()
     def _put(self, numbers: Tensor) -> None:
@@ -250,6 +282,20 @@ class RandomMethod(SingleRun):
             self.parameters[name].view(-1)[index] = part
 
 
+def _at_places(grad: Tensor, places: Tensor) -> Tensor:
+    """Return a gradient's values at places in it flattened; one of a table may be sparse."""
+    if not grad.is_sparse:
+        return grad.flatten()[places]
+    grad, width = grad.coalesce(), grad.shape[1]
+    known, wanted = grad.indices()[0], places // width
+    found = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
+    values = grad.values()[found, places % width]
+    return torch.where(known[found] == wanted, values, 0.0)
+
+
+# Rows from which on a table of embeddings has sparse gradients: more than a batch has tokens, or
+# the sparse ones cost more than zeros for the rest.
+_LARGE_TABLE = 4096
 _SAME_IN_MATRICES = ("method", "terms", "seed", "pooling")
 Method: TypeAlias = RowMethod | FullMethod | RandomMethod | AdapterMethod
 
@@ -265,6 +311,14 @@ def encoder_parameters(encoder: Encoder, head: Head) -> dict[str, nn.Parameter]:
     if encoder.pooler is not None and head.pooling == "pooler":
         named |= {f"pooler.{k}": p for k, p in encoder.pooler.named_parameters()}
     return named
+
+
+def linear_weights(encoder: Encoder, head: Head) -> dict[str, BankedLinear]:
+    """Return the Linear layers of :func:`encoder_parameters`, by their matrices' names there."""
+    modules = dict(encoder.model.named_modules())
+    if encoder.pooler is not None and head.pooling == "pooler":
+        modules |= {f"pooler.{k}" if k else "pooler": m for k, m in encoder.pooler.named_modules()}
+    return {f"{path}.weight": m for path, m in modules.items() if isinstance(m, BankedLinear)}
 
 
 def make_method(encoder: Encoder, lanes: Sequence[Lane], slots: int = 1) -> Method:
@@ -345,18 +399,15 @@ def _draw_quota(random: np.random.Generator, sizes: Mapping[str, int], count: in
 
 
 def _draw_row_col(random: np.random.Generator, encoder: Encoder, head: Head) -> Places:
-    modules = dict(encoder.model.named_modules())
-    if encoder.pooler is not None and head.pooling == "pooler":
-        modules |= {f"pooler.{k}" if k else "pooler": m for k, m in encoder.pooler.named_modules()}
     places: Places = {}
-    for path, module in modules.items():
-        if isinstance(module, BankedLinear) and module.bias is not None:
-            out, width = module.weight.shape
+    for name, linear in linear_weights(encoder, head).items():
+        if linear.bias is not None:
+            out, width = linear.weight.shape
             if random.random() < 0.5:
                 column = random.integers(width)
-                places[f"{path}.weight"] = np.arange(out) * width + column
+                places[name] = np.arange(out) * width + column
             else:
                 rows = random.choice(out, size=max(1, round(out / width)), replace=False)
                 grid = rows[:, None] * width + np.arange(width)
-                places[f"{path}.weight"] = grid.flatten()
+                places[name] = grid.flatten()
     return places
