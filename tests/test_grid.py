@@ -1,12 +1,26 @@
 """Grids in TOML: what is read, and what is refused with its place."""
 
+import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
+from bitfit.cli import app, options
 from bitfit.errors import UsageError
-from bitfit.experiments.grid import builtin_grid, builtin_grids, parse_grid, read_grid
-from bitfit.training.settings import rates_to_try
+from bitfit.experiments.conditions import Conditions
+from bitfit.experiments.grid import (
+    PRINTED,
+    builtin_grid,
+    builtin_grids,
+    grid_task,
+    parse_grid,
+    read_grid,
+)
+from bitfit.experiments.report.paper import printed_rows
+from bitfit.experiments.runs import Run, command_of, data_config
+from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
 
 SMALL = """
 title = "A small one"
@@ -55,7 +69,17 @@ def test_a_grid_has_rows_tasks_rates_and_seeds():
         (("seeds = [0, 1]", "seeds = [-1]"), "seeds: -1; expected whole numbers"),
         (("seeds = [0, 1]", "seeds = []"), "seeds is empty"),
         (('"full"', '"fulll"'), "row 'Full-FT': method is 'fulll'"),
-        (("epochs = 2", 'epochs = "two"'), "row 'BitFit': '<=' not supported"),
+        (
+            ("epochs = 2", 'epochs = "two"'),
+            "row 'BitFit': epochs is 'two'; expected a whole number",
+        ),
+        (("epochs = 2", "epochs = 1.5"), "epochs is 1.5; expected a whole number"),
+        (("epochs = 2", "epochs = true"), "epochs is True; expected a whole number"),
+        (('"A small one"', "5"), "title: 5; expected a text"),
+        (("epochs = 2", 'options = "fast"'), "options: 'fast'; expected a table of options"),
+        (("epochs = 2", "options = { terms = 3 }"), "row 'BitFit': "),
+        (("epochs = 2", 'paper = "table9"'), "unknown entry of paper 'table9'. Did you mean"),
+        (("epochs = 2", "paper = 3"), "unknown entry of paper 3"),
         (("[[rows]]", "[[rows]"), "not TOML"),
     ],
 )
@@ -118,3 +142,36 @@ def test_a_limit_of_a_task_that_does_not_run_is_refused_by_name():
     with pytest.raises(UsageError) as found:
         builtin_grid("table3").only(tasks=["rte"], limits={"": 100, "sst2": 5000})
     assert str(found.value) == "unknown task in the limits 'sst2'. Known: rte"
+
+
+def test_paper_names_what_has_printed_numbers():
+    assert all(printed_rows(name) for name in PRINTED)
+
+
+def test_the_command_of_a_run_reads_the_same_data_and_trains_the_same():
+    """By what the command line makes of it; test_sweep runs one."""
+    task = grid_task({
+        "name": "mine", "data": "tickets.csv", "text": "body", "label": "tags", "dev": "dev.csv",
+        "labels": ["good", "bad"], "kind": "multilabel", "format": "csv", "label_separator": ";",
+        "dev_fraction": 0.123456789, "skip_bad_rows": True, "train_split": "dev",
+        "token_column": -1, "max_length": 64, "adam_eps": 1e-8,
+    })  # fmt: skip
+    grid = parse_grid(SMALL, "small.toml", default_name="small").replace(tasks=(task,))
+    config = grid.config(grid.rows[1], task, 1.2345678e-3, 1)
+    run = Run(
+        row=grid.rows[1], base="minilm", task=task, train_rows=7, config=config, data_seed=3,
+        facts=(),
+    )  # fmt: skip
+    command = command_of(run, Path("data"), Conditions(dtype="fp32", device="cpu", threads=2))
+    words = shlex.split(command)
+    assert words[:2] == ["bitfit", "train"]
+    train = typer.main.get_command(app.app).commands["train"]
+    given = train.make_context("train", words[2:]).params
+    source = data_config(task, Path("data"), 7, 3)
+    source = dataclasses.replace(source, data=str(source.data), dev=str(source.dev))
+    assert options.data_config({**given, "seed": None}, seed=given["data_seed"]) == source
+    names = {field.name for field in dataclasses.fields(TrainConfig)} & set(given)
+    asked = {name: given[name] for name in names - {"recipe", "learning_rate"}}
+    rate = options.parse_rate(given["learning_rate"])
+    assert resolve_config(given["recipe"], learning_rate=rate, **asked) == config
+    assert names == {field.name for field in dataclasses.fields(TrainConfig)}

@@ -31,7 +31,7 @@ from bitfit.experiments.grid import Row
 from bitfit.experiments.plan import most_lanes
 from bitfit.experiments.protocol import choose, paper_scores, task_of
 from bitfit.experiments.store import Store
-from bitfit.experiments.sweep import GroupFinished, GroupStarted, Settings, Sweep, Waiting
+from bitfit.experiments.sweep import GroupFinished, GroupStarted, Planned, Settings, Sweep, Waiting
 from bitfit.metrics import compute_metrics
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import references
@@ -127,6 +127,7 @@ def test_the_command_of_a_record_makes_the_run_again(finished, checkpoint, capsy
     again = json.loads(capsys.readouterr().out)
     assert again["score"] == pytest.approx(record["scores"]["accuracy"])
     assert again["best_epoch"] == record["best_epoch"]
+    assert {split: again["rows"][split] for split in record["rows"]} == record["rows"]
     assert again["scores"]["train_accuracy"] == pytest.approx(record["train_scores"]["accuracy"])
 
 
@@ -551,6 +552,41 @@ def test_a_learning_curve_draws_its_rows_by_seed(checkpoint, data, tmp_path):
     ]  # fmt: skip
     assert len({r["data"]["train"] for r in records}) == 4
     assert [r["rows"]["train"] for r in records] == [8, 8, 16, 16]
+
+
+def test_sizes_beyond_the_data_or_the_limit_become_one_of_all_there_is(checkpoint, data, tmp_path):
+    """Of 40 rows 24 are for training."""
+    events: list[object] = []
+    grid = small_grid(checkpoint(), train_rows=(8, 32, 64), seeds=(0,)).only(rows=["Full-FT"])
+    settings = Settings(data=data, threads=1)
+    planned = dry_run(grid, tmp_path / "out", settings)
+    assert [(cell["train_rows"], cell["runs"]) for cell in planned["cells"]] == [(8, 1), (24, 1)]
+    assert planned["cut_sizes"] == ["tickets has 24 training rows: no 32, 64"]
+    Sweep(grid, tmp_path / "out", settings).run(events.append)
+    records = Store(tmp_path / "out").records()
+    assert [(r["train_rows"], r["rows"]["train"]) for r in records] == [(8, 8), (24, 24)]
+    (told,) = (event for event in events if isinstance(event, Planned))
+    assert (told.total, told.cut_sizes) == (2, planned["cut_sizes"])
+    limited = dry_run(grid.only(limits={"": 12}), tmp_path / "other", settings)
+    assert [cell["train_rows"] for cell in limited["cells"]] == [8, 12]
+
+
+def test_a_dry_run_of_several_experiments_counts_what_they_share_once(checkpoint, data, tmp_path):
+    grid, planned = small_grid(checkpoint()), set()
+    settings = Settings(data=data, threads=1)
+    part = grid.only(rows=["BitFit"])
+    first = dry_run(part, tmp_path / "one", settings, planned=planned)
+    second = dry_run(grid, tmp_path / "two", settings, planned=planned)
+    assert (first["runs"], first["shared"]) == (3 + 2, 0)
+    assert second["shared"] == first["runs"]
+    assert second["runs"] == dry_run(grid, tmp_path / "two", settings)["runs"] - first["runs"]
+
+
+def test_what_the_time_does_not_suffice_for_is_named_with_its_repeats(checkpoint, data, tmp_path):
+    out = tmp_path / "out"
+    summary = small_sweep(checkpoint(), str(data), str(out), budget_seconds=0.0).run()
+    assert len(summary.left_out) == 6 + 3 * 2
+    assert "BitFit on tickets, the best rate, seed 2" in summary.left_out
 
 
 def test_rows_that_ask_for_the_same_runs_are_refused(checkpoint, data, tmp_path):

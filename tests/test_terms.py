@@ -201,3 +201,25 @@ def test_layers_where_there_are_none_say_that_the_term_stands_once():
     albert = find_sites(on_meta(AlbertConfig(hidden_size=64, num_attention_heads=4)))
     with pytest.raises(UnknownTerm, match="'query' stands once in this base"):
         choose_sites(albert, "query@0")
+    with pytest.raises(UnknownTerm, match="'query' stands once in this base"):
+        choose_sites(albert, "query@last1")
+
+
+@pytest.mark.parametrize("depth", [6, 12, 24])
+def test_the_last_layers_are_counted_from_the_top_of_any_base(depth):
+    config = BertConfig(
+        hidden_size=8, num_attention_heads=1, intermediate_size=8, num_hidden_layers=depth
+    )
+    sites = find_sites(on_meta(config))
+
+    def layers(terms):
+        return sorted({site.layer for site in choose_sites(sites, terms)})
+
+    assert layers("all@last3") == [depth - 3, depth - 2, depth - 1]
+    assert layers("query@last1") == [depth - 1]
+    assert layers("all@first2") == [0, 1]
+    assert layers(f"all@last{depth}") == list(range(depth)) == layers(f"b_q@first{depth}")
+    with pytest.raises(UnknownTerm, match=f"this base has {depth} layers"):
+        layers(f"all@last{depth + 1}")
+    with pytest.raises(UnknownTerm, match="or as '@first3', '@last3'"):
+        layers("all@last0")

@@ -172,7 +172,8 @@ def choose_sites(
     Args:
         sites: every site of the base, from :func:`find_sites`.
         terms: comma-separated items: ``all``; a term by our name or the paper's symbol
-            (``query``, ``b_q``); either with layers (``query@0-5``, ``all@3``, layers from 0);
+            (``query``, ``b_q``); either with layers (``query@0-5``, ``all@3``, layers from 0;
+            ``all@first3``, ``all@last3``);
             ``released:NAME``, the released code's substring matching with the pooler it adds;
             ``none`` for the empty choice.
         inert: terms that ``all`` leaves out, since their gradient is zero (b_k). What is named
@@ -205,8 +206,8 @@ def _choose_item(sites: Sequence[Site], item: str, inert: frozenset[str]) -> Ite
         wanted = (wanted or {s.term for s in sites if s.layer is not None}) - inert
     else:
         wanted = {_our_name(sites, name)}
-    first, last = _layer_range(item, layers) if at else (None, None)
     depth = 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
+    first, last = _layer_range(item, layers, depth) if at else (None, None)
     if last is not None and depth and last >= depth:
         raise UnknownTerm(f"{item!r}: this base has layers 0 to {depth - 1}")
     for site in sites:
@@ -232,7 +233,7 @@ def _our_name(sites: Sequence[Site], name: str) -> str:
     raise UnknownTerm(
         f"unknown bias term {name!r}.{hint} This base has: {', '.join(have)}; "
         f"also 'all', the paper's symbols ({', '.join(SYMBOLS.values())}), layers as in "
-        "'query@0-5', and 'released:NAME'."
+        "'query@0-5' or 'query@last3', and 'released:NAME'."
     )
 
 
@@ -249,10 +250,18 @@ def _released_terms(sites: Sequence[Site], name: str) -> set[str]:
     return {*_RELEASED[name], "pooler"} & have
 
 
-def _layer_range(item: str, layers: str) -> tuple[int, int]:
+def _layer_range(item: str, layers: str, depth: int) -> tuple[int, int]:
+    if (match := re.fullmatch(r"(first|last)([1-9]\d*)", layers)) is not None:
+        count = int(match[2])
+        if depth and count > depth:
+            raise UnknownTerm(f"{item!r}: this base has {depth} layers")
+        return (0, count - 1) if match[1] == "first" or not depth else (depth - count, depth - 1)
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
     if not match or int(match[2] or match[1]) < int(match[1]):
-        raise UnknownTerm(f"{item!r}: layers are given as '@3' or '@0-5', counted from 0")
+        raise UnknownTerm(
+            f"{item!r}: layers are given as '@3' or '@0-5', counted from 0, or as '@first3', "
+            "'@last3'"
+        )
     return int(match[1]), int(match[2] or match[1])
 
 

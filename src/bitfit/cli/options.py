@@ -205,7 +205,8 @@ Seed: TypeAlias = Annotated[
 Terms: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Which biases: all, query,intermediate, b_q,b_m2, query@0-5, released:output, ... "
+        help="Which biases: all, query,intermediate, b_q,b_m2, query@0-5, all@last3, "
+        "released:output, ... "
         "('bitfit doctor' lists them).",
         rich_help_panel=TRAINING,
     ),
@@ -239,6 +240,13 @@ WarmupRatio: TypeAlias = Annotated[
 MaxGradNorm: TypeAlias = Annotated[
     float | None,
     typer.Option(help="Clip gradients at this norm; 0: never.", rich_help_panel=TRAINING),
+]
+AdamEps: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="AdamW's epsilon, added before bias correction (default: 1e-6).",
+        rich_help_panel=TRAINING,
+    ),
 ]
 AttentionDropout: TypeAlias = Annotated[
     float | None,

@@ -98,6 +98,7 @@ def run_grids(
 ) -> None:
     """Run grids one after the other, or show what they would do; then report on each."""
     found = []
+    planned: set[str] = set()
     began = time.monotonic()
     with connected(None if dry_run else given["ray"]):  # once for all grids
         for order in orders:
@@ -105,7 +106,7 @@ def run_grids(
             try:
                 if dry_run:
                     plan = plan_sweep(
-                        order.grid, order.directory, order.settings, _tell_cell(given)
+                        order.grid, order.directory, order.settings, _tell_cell(given), planned
                     )
                     found.append(plan)
                     if not as_json:
@@ -117,6 +118,8 @@ def run_grids(
                     raise
                 console.note(f"left out {order.grid.name}: {error}")
                 found.append({"name": order.grid.name, "error": str(error)})
+    if dry_run and len(orders) > 1 and not as_json:
+        _show_sum([one for one in found if "error" not in one])
     if found and all("error" in one for one in found):
         raise DataError("; ".join(one["error"] for one in found))
     if as_json:
@@ -278,6 +281,8 @@ class Watch:
         self.done, self.total = event.finished, event.total
         for reason in event.missing_tasks:
             self._say(f"left out: {reason}")
+        for sentence in event.cut_sizes:
+            self._say(sentence)
         there = f", {event.finished} of them finished" if event.finished else ""
         self._say(f"{event.base}: {console.count(event.total, 'run')}{there}")
         self._count()
@@ -340,12 +345,23 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
     )  # fmt: skip
     for reason in plan["missing_tasks"]:
         console.say(f"left out: {reason}")
+    for sentence in plan["cut_sizes"]:
+        console.say(sentence)
     conditions = plan["conditions"]
+    shared = f"{plan['shared']} of the experiments before, " if plan["shared"] else ""
     console.say(
-        f"{console.count(plan['runs'], 'run')} to make, {plan['finished']} finished: about "
+        f"{console.count(plan['runs'], 'run')} to make, {shared}{plan['finished']} finished: about "
         f"{console.duration(plan['seconds'])} one after the other on {conditions['device']} with "
         f"{console.count(conditions['threads'], 'thread')} in {conditions['dtype']}, "
         f"{console.size(plan['bytes'])} in {plan['directory']}. Lanes make rows of biases faster."
+    )
+
+
+def _show_sum(plans: Sequence[Mapping[str, Any]]) -> None:
+    runs, seconds, size = (sum(plan[key] for plan in plans) for key in ("runs", "seconds", "bytes"))
+    console.say(
+        f"in all {console.count(runs, 'run')} to make: about {console.duration(seconds)} one after "
+        f"the other, {console.size(size)}"
     )
 
 

@@ -42,6 +42,7 @@ def train(
     schedule: options.Schedule = None,
     warmup_ratio: options.WarmupRatio = None,
     max_grad_norm: options.MaxGradNorm = None,
+    adam_eps: options.AdamEps = None,
     attention_dropout: options.AttentionDropout = None,
     class_weights: options.ClassWeights = None,
     keep: options.Keep = None,

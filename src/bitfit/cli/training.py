@@ -29,7 +29,8 @@ from bitfit.training.train import EpochDone, StepDone
 _PASSED_ON = (
     "name recipe storage dtype device threads low_memory resume train_score licence description "
     "epochs batch_size seed data_seed terms method max_length pooling schedule warmup_ratio "
-    "max_grad_norm attention_dropout class_weights keep patience revision trust_remote_code"
+    "max_grad_norm adam_eps attention_dropout class_weights keep patience revision "
+    "trust_remote_code"
 ).split()
 
 

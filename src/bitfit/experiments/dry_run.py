@@ -29,6 +29,7 @@ def dry_run(
     directory: Path,
     settings: Settings,
     on_cell: Callable[[str], None] | None = None,
+    planned: set[str] | None = None,
 ) -> dict[str, Any]:
     """Return what :class:`~bitfit.experiments.sweep.Sweep` would do, without writing anything.
 
@@ -42,11 +43,15 @@ def dry_run(
             chosen its rate here: which those are is not known yet.
         settings: how.
         on_cell: told before each measurement what is measured.
+        planned: ids of runs that experiments before this one make and that it copies; those of
+            this one are added.
 
     Returns:
         ``cells``: per base, row, task and training size: ``runs`` left, ``seconds``, ``bytes``,
         ``tokens_per_second``. ``runs``, ``finished``, ``seconds``, ``bytes``: of all;
-        ``missing_tasks``; ``conditions``.
+        ``shared``: runs that experiments before this one make;
+        ``missing_tasks``; ``cut_sizes``: a sentence for each task with fewer rows than a learning
+        curve asks for; ``conditions``.
     """
     store = Store(directory)
     conditions = conditions_of(grid, store, settings)
@@ -55,7 +60,9 @@ def dry_run(
         states = {i: state for i, state in states.items() if state == "done"}  # it would move
     for other in settings.reuse:
         states |= {i: state for i, state in Store(other).finished().items() if state == "done"}
-    finished = 0
+    finished = shared = 0
+    planned = set() if planned is None else planned
+    cut: list[str] = []
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     sources = Sources(settings.data)
     grid, missing = sources.there(grid, skip_missing=settings.skip_missing)
@@ -63,10 +70,15 @@ def dry_run(
         encoder = open_encoder(base, conditions.dtype, conditions.device)
         material = Material(encoder, sources)
         planner = Planner(grid, base, material, store, also=conditions.earlier_dtypes)
+        cut = planner.cut_sizes()
         clock = Clock(material)
         left, there = _all_runs(planner, states)
         finished += there
         for run in left:
+            if run.id in planned:
+                shared += 1
+                continue
+            planned.add(run.id)
             cell = cells.setdefault(_key(run), _new_cell(run))
             if on_cell is not None and not cell["runs"]:
                 on_cell(f"{run.row.name} on {run.task.name}")
@@ -80,9 +92,10 @@ def dry_run(
     return {
         "name": grid.name, "title": grid.title, "directory": str(directory), "cells": listed,
         "runs": sum(cell["runs"] for cell in listed), "finished": finished,
+        "shared": shared,
         "seconds": sum(cell["seconds"] for cell in listed),
         "bytes": sum(cell["bytes"] for cell in listed),
-        "missing_tasks": missing,
+        "missing_tasks": missing, "cut_sizes": cut,
         "conditions": conditions.to_json(),
     }  # fmt: skip
 
@@ -92,15 +105,9 @@ def _all_runs(planner: Planner, states: Mapping[str, str]) -> tuple[list[Run], i
 
     What is left has a stand-in for each repeat whose rate is still to be chosen.
     """
-    known = planner.repeats()
-    begun = [*planner.search(), *known]
+    begun = [*planner.search(), *planner.repeats()]
     left = [run for run in begun if not any(i in states for i in planner.ids(run))]
-    cells = {(run.row.name, run.task.name, run.train_rows) for run in known}
-    to_come = [
-        run for run in planner.repeats_to_come()
-        if (run.row.name, run.task.name, run.train_rows) not in cells
-    ]  # fmt: skip
-    return [*left, *to_come], len(begun) - len(left)
+    return [*left, *planner.unchosen()], len(begun) - len(left)
 
 
 def _key(run: Run) -> tuple[Any, ...]:

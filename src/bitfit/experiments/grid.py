@@ -23,6 +23,8 @@ Search = Literal["first-seed", "every-seed"]
 _ROW_OPTIONS = {f.name for f in dataclasses.fields(TrainConfig)} - {
     "recipe", "seed", "learning_rate",
 }  # fmt: skip
+# The experiments whose numbers the paper prints.
+PRINTED = ("table1", "table2", "table3", "table6", "pos")
 _DATA_OPTIONS = {f.name for f in dataclasses.fields(DataConfig)} - {"seed", "limit", "splits"}
 
 
@@ -136,7 +138,7 @@ class Grid:
             raise UsageError(f"row {row.name!r}: unknown option {_near(unknown[0], _ROW_OPTIONS)}")
         try:
             return resolve_config(self.recipe, learning_rate=rate, seed=seed, **options)
-        except (UsageError, TypeError) as error:  # a word where a number is compared
+        except (UsageError, TypeError) as error:  # a list where a name is looked up
             raise UsageError(f"row {row.name!r}: {error}") from error
 
     def data_seed(self, seed: int) -> int:
@@ -270,6 +272,11 @@ def _grid(found: dict[str, Any], default_name: str) -> Grid:
     if unknown := sorted(set(found) - known):
         raise UsageError(f"unknown entry {_near(unknown[0], known)}")
     values = {"name": default_name} | found
+    title, shared = values.get("title", ""), values.get("options", {})
+    _check(isinstance(title, str), "title", title, "a text")
+    _check(isinstance(shared, dict), "options", shared, "a table of options")
+    if "paper" in found:
+        _one_of("entry of paper", found["paper"], PRINTED)
     values["rows"] = tuple(_row(row) for row in _list(found, "rows", dict))
     values["tasks"] = tuple(grid_task(task) for task in _list(found, "tasks", (str, dict)))
     for key, kind in (("seeds", int), ("train_rows", int), ("base", str)):

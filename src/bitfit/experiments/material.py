@@ -60,6 +60,20 @@ class Sources:
             )
         return Source(dataset, {k: dataset_hash(rows) for k, rows in dataset.splits.items()})
 
+    def sizes(self, grid: Grid, task: GridTask) -> tuple[int | None, ...]:
+        """Return on how many rows a task is trained: the sizes of a learning curve, or its own.
+
+        A size above the task's limit, or above the rows that it has, becomes as many as there are.
+
+        Raises:
+            BitfitError: as :meth:`read`.
+        """
+        if not grid.train_rows:
+            return (task.limit,)
+        source = self.read(task, max(grid.train_rows), grid.data_seed(grid.seeds[0]))
+        most = min(len(source.dataset.splits["train"]), task.limit or max(grid.train_rows))
+        return tuple(dict.fromkeys(min(size, most) for size in grid.train_rows))
+
     def there(self, grid: Grid, *, skip_missing: bool) -> tuple[Grid, list[str]]:
         """Return the grid with the tasks whose data is there, and why others are left out.
 
@@ -69,7 +83,7 @@ class Sources:
         missing, tasks = [], []
         for task in grid.tasks:
             try:
-                for size in grid.train_rows or (task.limit,):
+                for size in self.sizes(grid, task):
                     self.read(task, size, grid.data_seed(grid.seeds[0]))
                 tasks.append(task)
             except BitfitError as error:

@@ -59,7 +59,7 @@ class Planner:
             CellPlan(row, task, size)
             for row in grid.rows
             for task in grid.tasks
-            for size in grid.train_rows or (task.limit,)
+            for size in material.sources.sizes(grid, task)
         ]
         self._runs: dict[tuple[Any, ...], Run] = {}
         self._before = self._finished_before()
@@ -77,6 +77,16 @@ class Planner:
                     raise UsageError(
                         f"{what} {one.name!r} and {two.name!r} ask for the same runs: leave one out"
                     )
+
+    def cut_sizes(self) -> list[str]:
+        """Return a sentence for each task that has fewer rows than a learning curve asks for."""
+        found = []
+        for task in self.grid.tasks:
+            most = max(self.material.sources.sizes(self.grid, task), key=lambda size: size or 0)
+            above = [f"{size:,}" for size in self.grid.train_rows if most and size > most]
+            if above:
+                found.append(f"{task.name} has {most:,} training rows: no {', '.join(above)}")
+        return found
 
     def search(self) -> list[Run]:
         """Return the runs over all rates, the most telling first.
@@ -113,6 +123,11 @@ class Planner:
             return
         for seed, cell in itertools.product(self.grid.seeds[1:], self.cells):
             yield self._run(cell, cell.row.rates[-1], seed)
+
+    def unchosen(self) -> list[Run]:
+        """Return the stand-ins of :meth:`repeats_to_come` whose cells have not chosen a rate."""
+        chosen = {_cell_of(run) for run in self.repeats()}
+        return [run for run in self.repeats_to_come() if _cell_of(run) not in chosen]
 
     def _chosen_rates(self, cell: CellPlan, finished: Mapping[str, str]) -> list[float]:
         """Return the rates that the finished search chose; none while it is not finished."""
@@ -180,6 +195,10 @@ class Planner:
         """Return the runs of these ids, in their order; None where one is not of this grid."""
         known = {run.id: run for run in (*self.search(), *self.repeats())}
         return [known[i] for i in run_ids] if all(i in known for i in run_ids) else None
+
+
+def _cell_of(run: Run) -> tuple[str, str, int | None]:
+    return run.row.name, run.task.name, run.train_rows
 
 
 def first_group(runs: Sequence[Run], lanes_for: Callable[[Sequence[Run]], int]) -> Group:

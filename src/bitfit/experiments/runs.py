@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,27 +80,28 @@ def command_of(run: Run, data: Path, conditions: Conditions) -> str:
     """Return the command that makes this one run again, alone."""
     source = data_config(run.task, data, run.train_rows, run.data_seed)
     words = ["bitfit", "train", "--base", run.base, "--data", str(source.data)]
-    for name in ("task", "text", "text_pair", "label", "kind", "dev", "format", "token_column"):
-        value = getattr(source, name)
-        if value is not None and value != "auto":
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    if source.labels is not None:
-        words += ["--labels", ",".join(source.labels)]
-    if source.limit is not None:
-        words += ["--limit", str(source.limit)]
+    for field in fields(DataConfig):
+        # The test split is not read, and the seed stands below.
+        if field.name not in ("data", "splits", "test", "seed"):
+            words += _option(field.name, getattr(source, field.name), field.default)
     usual = resolve_config(run.config.recipe, method=run.config.method).to_json()
     words += ["--recipe", run.config.recipe, "--method", run.config.method]
     for name, value in run.config.to_json().items():
-        if name in ("recipe", "method", "adam_eps") or value == usual[name]:
-            continue
-        words += [_FLAGS.get(name, f"--{name.replace('_', '-')}"), _shown(value)]
+        if name not in ("recipe", "method"):
+            words += _option(name, value, usual[name])
     words += ["--data-seed", str(run.data_seed), "--dtype", conditions.dtype]
     words += ["--device", conditions.device, "--threads", str(conditions.threads)]
     return shlex.join([*words, "--train-score", "--json"])
 
 
-_FLAGS = {"learning_rate": "--lr"}
+_FLAGS = {"learning_rate": "--lr", "train_split": "--split"}
 
 
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _option(name: str, value: Any, usual: Any) -> list[str]:
+    """Return the words of a command-line option; none where ``value`` is what it has anyway."""
+    if value == usual:
+        return []
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    if isinstance(value, bool):
+        return [flag]
+    return [flag, ",".join(value) if isinstance(value, tuple) else str(value)]

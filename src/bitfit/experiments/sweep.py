@@ -62,6 +62,8 @@ class Planned:
     """Runs of this base, with the repeats that are still to be chosen."""
     missing_tasks: Sequence[str]
     """Tasks of the grid whose data is not there, each with the reason."""
+    cut_sizes: Sequence[str] = ()
+    """Tasks with fewer rows than a learning curve asks for, each in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class Sweep:
         )
         self._prepare(planner)
         done, total = self._progress(planner)
-        tell(Planned(base, done, total, self.summary.missing_tasks))
+        tell(Planned(base, done, total, self.summary.missing_tasks, planner.cut_sizes()))
         clock = Clock(material)
         left_out: dict[str, Run] = {}
         executor = self._executor(base, material, tell, should_stop)
@@ -275,6 +277,8 @@ class Sweep:
                 else:
                     break
         self.summary.left_out += [str(run) for run in left_out.values()]
+        if left_out:
+            self.summary.left_out += [_with_any_rate(run) for run in planner.unchosen()]
 
     def _executor(
         self,
@@ -404,6 +408,12 @@ def _place(run: Run) -> dict[str, Any]:
     return {
         "row": run.row.name, "base": run.base, "task": run.task.name, "train_rows": run.train_rows,
     }  # fmt: skip
+
+
+def _with_any_rate(run: Run) -> str:
+    """Return what a reader knows a repeat by whose rate is not chosen."""
+    size = "" if run.train_rows is None else f", {run.train_rows:,} rows"
+    return f"{run.row.name} on {run.task.name}{size}, the best rate, seed {run.config.seed}"
 
 
 def _described(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -81,20 +82,31 @@ class TrainConfig:
         self._one_of("schedule", get_args(Schedule))
         self._one_of("keep", get_args(Keep))
         self._one_of("class_weights", (None, "balanced"))
-        for name, least, most in (
-            ("learning_rate", 0.0, 1.0), ("epochs", 1, 10_000), ("batch_size", 1, 100_000),
-            ("warmup_ratio", 0.0, 1.0), ("max_grad_norm", 0.0, 1e9), ("adam_eps", 0.0, 1.0),
-            ("max_length", 3, 100_000), ("seed", 0, 2**63 - 1), ("patience", 0, 10_000),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise UsageError(f"{name} is {value}; expected {least} to {most}")
+        for name in ("terms", "pooling"):
+            if not isinstance(value := getattr(self, name), str):
+                raise UsageError(f"{name} is {value!r}; expected a text")
+        self._check_numbers()
         if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
             raise UsageError(
                 f"attention_dropout is {self.attention_dropout}; expected 0 up to below 1"
             )
         if self.learning_rate == 0.0:
             raise UsageError("learning_rate is 0: nothing would be learned")
+
+    def _check_numbers(self) -> None:
+        for name, least, most in (
+            ("learning_rate", 0.0, 1.0), ("epochs", 1, 10_000), ("batch_size", 1, 100_000),
+            ("warmup_ratio", 0.0, 1.0), ("max_grad_norm", 0.0, 1e9), ("adam_eps", 0.0, 1.0),
+            ("max_length", 3, 100_000), ("seed", 0, 2**63 - 1), ("patience", 0, 10_000),
+        ):  # fmt: skip
+            value: Any = getattr(self, name)
+            is_whole = isinstance(least, int)
+            kind = numbers.Integral if is_whole else numbers.Real
+            if not isinstance(value, kind) or isinstance(value, bool):
+                what = "a whole number" if is_whole else "a number"
+                raise UsageError(f"{name} is {value!r}; expected {what}")
+            if not least <= value <= most:  # type: ignore[operator]
+                raise UsageError(f"{name} is {value}; expected {least} to {most}")
 
     def _one_of(self, name: str, allowed: tuple[Any, ...]) -> None:
         if getattr(self, name) not in allowed:
