@@ -1196,3 +1196,16 @@ def test_reproduce_all_takes_of_the_options_what_each_experiment_has(tmp_path: P
     assert orders[0].settings.reuse == [tmp_path / name for name in names[1:]]
     with pytest.raises(UsageError, match="no experiment has these"):
         sweeping.paper_grids(given | {"rows": "nothing"})
+
+
+@pytest.mark.parametrize(
+    ("given", "understood"),
+    [
+        (["sweep", "g.toml", "--ray"], ["sweep", "g.toml", "--ray", "auto"]),
+        (["sweep", "--ray", "-q", "g.toml"], ["sweep", "--ray", "auto", "-q", "g.toml"]),
+        (["sweep", "--ray", "local", "--json"], ["sweep", "--ray", "local", "--json"]),
+        (["serve", "--ray=h:1", "--replicas", "2"], ["serve", "--ray=h:1", "--replicas", "2"]),
+    ],
+)
+def test_ray_without_an_address_is_the_cluster_that_runs_here(given, understood):
+    assert app._with_ray_address(given) == understood

@@ -2,11 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bitfit.experiments.answers import restore_answers
+from bitfit.experiments.report.write import write_report
+from bitfit.experiments.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -206,3 +211,44 @@ def test_a_score_that_is_named_stands_in_the_report_that_is_linked(point, report
     there = set(re.findall(r"\d+\.\d", found))
     named = set(NUMBER.findall(re.sub(r"\]\([^)]*\)", "]", point)))
     assert named <= there
+
+
+CHAIN = re.compile(r"[\w+ ]+? \d+\.\d(?: > [\w+ -]+? \d+\.\d)+")
+
+
+def plain(text):
+    """Markdown's text without its escapes and line breaks."""
+    return " ".join(re.sub(r"\\(.)", r"\1", text).split())
+
+
+@pytest.mark.parametrize(
+    ("point", "reports"), bullets(), ids=[p.partition("](")[0][1:] for p, _ in bullets()]
+)
+def test_an_order_of_rows_is_the_one_that_the_report_that_is_linked_has(point, reports):
+    found = plain("\n".join((ROOT / "docs" / path).read_text("utf-8") for path in reports))
+    chains = CHAIN.findall(plain(point))
+    assert all(chain.strip() in found for chain in chains), chains
+    taus = re.findall(r"Kendall's tau (-?\d\.\d\d)", plain(point))
+    assert all(f"Kendall's tau {tau}" in found for tau in taus), taus
+    if reports == ["results/table3/report.md"]:
+        assert len(chains) == len(taus) == 4
+
+
+KEPT = ROOT / "experiments" / "results"
+# The predictions for SQuAD are pieces of its texts and not in the repository.
+REPORTED = sorted({path.parent.name for path in KEPT.glob("*/predictions")})
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_a_report_in_the_pages_is_what_its_records_give_today(name, real_data, tmp_path):
+    """But for the figures, which take longer and are drawn of the same tables."""
+    shutil.copytree(KEPT / name, tmp_path / name)
+    store = Store(tmp_path / name)
+    assert restore_answers(store, real_data()) == []
+    out = tmp_path / "docs" / "results" / name
+    write_report(store, out, formats=["markdown"])
+    shown = (ROOT / "docs" / "results" / name / "report.md").read_text("utf-8")
+    shown = re.sub(r"!\[[^\n]*\]\(figures/[^\n]*\n\n[^\n]*\n\n?", "", shown)
+    made = (out / "report.md").read_text("utf-8")
+    made = made.replace(f"../../../{name}/runs", f"../../../experiments/results/{name}/runs")
+    assert made.splitlines() == shown.splitlines()

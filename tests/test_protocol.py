@@ -3,9 +3,11 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitfit.errors import BitfitError
 from bitfit.experiments.protocol import (
     best_place,
     choose,
@@ -73,6 +75,12 @@ def test_split_chooses_on_one_half_and_reports_on_the_other():
     assert found.best == 0
     assert split_scores(record([0.5]), None, answers) is None
     assert split_scores(record([0.5]), {"dev": [[1] * 10]}, None) is None
+
+
+@pytest.mark.parametrize("dev", [[], [[1] * 10, [1] * 10], [[1] * 9], [[1] * 11]])
+def test_predictions_of_other_epochs_or_rows_are_refused(dev):
+    with pytest.raises(BitfitError, match=r"BitFit-0\.001-0: its predictions are not those of 1 "):
+        split_scores(record([0.5]), {"dev": dev}, [1] * 10)
 
 
 @given(st.integers(2, 3000))

@@ -85,6 +85,44 @@ def test_the_best_is_one_run_and_the_average_is_over_the_tasks(sample, tables):
     assert row[4].value == pytest.approx(np.mean([cell.value for cell in row[1:4]]))
 
 
+def test_the_best_scores_have_the_share_of_the_parameters_beside_the_printed_one(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit", "Frozen", "Full-FT"], tasks=["mrpc"])
+    config = {"method": "full", "learning_rate": 1e-5, "seed": 0, "epochs": 3}
+    sample.done("BitFit", MRPC, trainable={"encoder": 13_824, "head": 770})
+    sample.done("Frozen", MRPC, trainable={"encoder": 0, "head": 770})
+    assert [row[-2].text for row in tables_of(sample)["best"].rows] == ["–", "–"]  # of how many?
+    unprinted = Sample(tmp_path / "own", rows=["BitFit"], tasks=["mrpc"], paper=None)
+    unprinted.done("BitFit", MRPC)
+    assert [c.key for c in tables_of(unprinted)["best"].columns] == ["row", "mrpc", "seeds"]
+    sample.done("Full-FT", MRPC, config=config, trainable={"encoder": 22_565_376, "head": 770})
+    table = tables_of(sample)["best"]
+    assert [c.key for c in table.columns] == ["row", "mrpc", "percent", "seeds"]
+    assert [row[2].text for row in table.rows] == ["0.06", "0.00", "100.00"]
+    assert [row[2].printed for row in table.rows] == [0.09, 0.0, 100]
+    assert "| 0.06 (0.09) |" in as_markdown(table)
+
+
+def test_what_the_paper_prints_of_others_and_of_the_test_sets_has_rows_of_its_own(tmp_path):
+    base = "bert-large-cased"
+    sample = Sample(tmp_path, rows=["BitFit"], tasks=["mrpc"], paper="table1", base=[base])
+    sample.done("BitFit", MRPC, base=base)
+    table = tables_of(sample)["best"]
+    names = [row[0].text for row in table.rows]
+    assert names == [
+        "BitFit", "Full-FT (Guo et al.), BERT-large, dev", "Diff-Prune, BERT-large, dev",
+        "Full-FT (Houlsby et al.), BERT-large, test", "Full-FT (Guo et al.), BERT-large, test",
+        "Adapters, BERT-large, test", "Diff-Prune, BERT-large, test", "BitFit, BERT-large, test",
+    ]  # fmt: skip
+    assert [row[1].printed for row in table.rows] == [
+        91.5, 91.9, 87.4, 88.9, 89.3, 89.5, 89.7, 88.9,
+    ]  # fmt: skip
+    written = as_latex(table)
+    ours, printed = written.split("Printed in the paper")
+    assert "Adapters" not in ours
+    assert "Adapters, BERT-large, test & 89.5" in printed
+    assert any("Adapters, test: Table 1 (T), taken there from Houlsby" in n for n in table.notes)
+
+
 def test_both_protocols_are_shown_and_each_score_leads_to_its_runs(sample, tables):
     rows = as_dicts(tables["scores"])
     assert len(rows) == 12

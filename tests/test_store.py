@@ -14,7 +14,10 @@ from bitfit.experiments.store import STALE_SECONDS, Result, Store
 @pytest.fixture
 def store(tmp_path):
     store = Store(tmp_path / "here")
-    store.write_experiment({"rows": ["BitFit", "b_q"], "tasks": ["rte", "mrpc"]})
+    store.write_experiment({
+        "name": "here", "grid": {}, "base": ["minilm"], "rows": ["BitFit", "b_q"],
+        "tasks": ["rte", "mrpc"], "seeds": [0], "conditions": {},
+    })  # fmt: skip
     return store
 
 
@@ -116,11 +119,38 @@ def test_a_directory_that_is_no_experiment_is_refused(tmp_path):
     (tmp_path / "experiment.json").write_text("{")
     with pytest.raises(BitfitError, match="cannot be read as JSON"):
         Store(tmp_path).experiment()
+    (tmp_path / "experiment.json").write_text("[]")
+    with pytest.raises(BitfitError, match=r"experiment\.json: holds list, expected an object"):
+        Store(tmp_path).experiment()
+    (tmp_path / "experiment.json").write_text('{"format": 1, "rows": []}')
+    with pytest.raises(BitfitError, match="not the record of an experiment: lacks name, grid"):
+        Store(tmp_path).experiment()
 
 
 def test_a_damaged_file_of_predictions_is_named(store):
     store.write(result("01"))
     path = store.directory / "predictions" / "01.json.gz"
-    path.write_bytes(path.read_bytes()[:-4])
+    whole = path.read_bytes()
+    # Every byte of the packed numbers: some make no deflate stream, some another sum.
+    for place in range(10, len(whole) - 4):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with pytest.raises(BitfitError, match=r"01\.json\.gz"):
+            store.predictions("01")
+    for value in ([1], {}, {"dev": 1}, {"dev": [1]}):
+        path.write_bytes(gzip.compress(json.dumps(value).encode()))
+        with pytest.raises(BitfitError, match=r"01\.json\.gz"):
+            store.predictions("01")
+    path.write_bytes(whole[:-4])
     with pytest.raises(BitfitError, match=r"01\.json\.gz: cannot be read"):
         store.predictions("01")
+
+
+def test_a_record_that_is_none_is_named(store):
+    store.write(result("01"))
+    path = store.directory / "runs" / "01.json"
+    path.write_text("{}")
+    for read in (store.records, lambda: store.record("01")):
+        with pytest.raises(BitfitError, match=r"01\.json: not the record of a run: lacks id"):
+            read()
+    with pytest.raises(BitfitError, match=r"01\.json: not the record of a run: lacks id"):
+        Store(store.directory).finished()

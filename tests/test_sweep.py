@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import shlex
 import shutil
 import time
@@ -30,6 +31,7 @@ from bitfit.experiments.dry_run import dry_run
 from bitfit.experiments.grid import Row
 from bitfit.experiments.plan import most_lanes
 from bitfit.experiments.protocol import choose, paper_scores, task_of
+from bitfit.experiments.report.write import write_report
 from bitfit.experiments.store import Store
 from bitfit.experiments.sweep import GroupFinished, GroupStarted, Planned, Settings, Sweep, Waiting
 from bitfit.metrics import compute_metrics
@@ -110,6 +112,20 @@ def test_rows_of_biases_leave_a_task_file_and_their_change(finished, checkpoint)
             assert record["cost"]["task_bytes"] == path.stat().st_size
 
 
+def test_the_commands_of_an_experiment_are_those_that_asked_for_something(
+    checkpoint, data, tmp_path
+):
+    out, line = tmp_path / "out", "bitfit sweep small.toml --rows BitFit"
+    for command in (line, f"{line} --resume -q", f"{line},Frozen --resume", f"{line} --resume"):
+        small_sweep(checkpoint(), str(data), str(out), budget_seconds=0.0, command=command)
+    assert Store(out).experiment()["commands"] == [line, f"{line},Frozen --resume"]
+    described = Store(out).experiment()
+    described["command"] = described.pop("commands")[0]  # as older versions wrote it
+    Store(out).write_experiment(described)
+    small_sweep(checkpoint(), str(data), str(out), budget_seconds=0.0, command="bitfit other")
+    assert Store(out).experiment()["commands"] == [line, "bitfit other"]
+
+
 def test_a_finished_sweep_repeats_nothing(finished, checkpoint, data):
     before = {p: p.stat().st_mtime_ns for p in finished[0].rglob("*.json") if "runs" in p.parts}
     events = []
@@ -129,6 +145,13 @@ def test_the_command_of_a_record_makes_the_run_again(finished, checkpoint, capsy
     assert again["best_epoch"] == record["best_epoch"]
     assert {split: again["rows"][split] for split in record["rows"]} == record["rows"]
     assert again["scores"]["train_accuracy"] == pytest.approx(record["train_scores"]["accuracy"])
+
+
+def report_of(directory):
+    """The report's text without what the clock measured."""
+    write_report(Store(directory), formats=["markdown"], resamples=200)
+    text = (directory / "report" / "report.md").read_text()
+    return re.sub(r"## Cost\n.*?\n## ", "## ", text, flags=re.DOTALL)
 
 
 def saved(out):
@@ -173,6 +196,7 @@ def test_a_sweep_killed_at_any_moment_gives_what_an_undisturbed_one_gives(
     assert process.exitcode == 0
     assert essence(out) == essence(finished[0])
     assert left_in(out / "work") == []
+    assert report_of(out) == report_of(finished[0])
 
 
 def test_two_processes_share_a_directory_and_make_each_run_once(
@@ -298,6 +322,13 @@ def rows_of_biases(checkpoint):
 def move_back_to_bf16(checkpoint, data, out, threads=1):
     options = {"lanes": 2, "dtype": "bf16", "resume": True, "move": True, "threads": threads}
     return Sweep(rows_of_biases(checkpoint), out, Settings(data=data, **options))
+
+
+def test_a_base_that_is_not_there_begins_no_experiment(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(BaseModelError, match="base 'nosuchbase' cannot be loaded"):
+        Sweep(small_grid("nosuchbase"), tmp_path / "out", Settings(data=data))
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_that_train_weights_are_refused_in_bf16_before_anything_is_written(
@@ -561,7 +592,7 @@ def test_sizes_beyond_the_data_or_the_limit_become_one_of_all_there_is(checkpoin
     settings = Settings(data=data, threads=1)
     planned = dry_run(grid, tmp_path / "out", settings)
     assert [(cell["train_rows"], cell["runs"]) for cell in planned["cells"]] == [(8, 1), (24, 1)]
-    assert planned["cut_sizes"] == ["tickets has 24 training rows: no 32, 64"]
+    assert planned["cut_sizes"] == ["at most 24 training rows of tickets: no 32, 64"]
     Sweep(grid, tmp_path / "out", settings).run(events.append)
     records = Store(tmp_path / "out").records()
     assert [(r["train_rows"], r["rows"]["train"]) for r in records] == [(8, 8), (24, 24)]

@@ -91,7 +91,7 @@ def _root(
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line, by default the process' own, and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _with_ray_address(list(sys.argv[1:] if argv is None else argv))
     console.STATE.debug = False
     if sys.stdout is None:  # as after `>&-`
         console.error("standard output is closed")
@@ -126,6 +126,14 @@ def run(argv: Sequence[str] | None = None) -> int:
         hint = "" if console.STATE.debug else " (this is a bug; --debug shows where)"
         console.error(f"{type(error).__name__}: {error}{hint}")
         return 1
+
+
+def _with_ray_address(arguments: list[str]) -> list[str]:
+    """Return the arguments with ``--ray`` alone as ``--ray auto``: typer's options need a value."""
+    found = []
+    for word, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        found += ["--ray", "auto"] if word == "--ray" and following.startswith("-") else [word]
+    return found
 
 
 def _invoke(arguments: list[str]) -> int:

@@ -399,6 +399,8 @@ def make_report(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the report of an experiment, and return its files and what it lacks."""
+    if data is not None and not data.is_dir():
+        raise UsageError(f"--data {data}: no such directory")
     store = Store(directory)
     left_out = [] if data is None else restore_answers(store, data)
     report = write_report(store, out)

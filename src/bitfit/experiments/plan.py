@@ -85,7 +85,9 @@ class Planner:
             most = max(self.material.sources.sizes(self.grid, task), key=lambda size: size or 0)
             above = [f"{size:,}" for size in self.grid.train_rows if most and size > most]
             if above:
-                found.append(f"{task.name} has {most:,} training rows: no {', '.join(above)}")
+                found.append(
+                    f"at most {most:,} training rows of {task.name}: no {', '.join(above)}"
+                )
         return found
 
     def search(self) -> list[Run]:

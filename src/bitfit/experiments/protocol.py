@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bitfit.errors import BitfitError
 from bitfit.metrics import compute_metrics
 from bitfit.tasks import Task
 
@@ -84,18 +85,25 @@ def paper_scores(record: Record) -> EpochScores:
 def split_scores(
     record: Record, predictions: Mapping[str, Any] | None, answers: Sequence[Any] | None
 ) -> EpochScores | None:
-    """Return the scores on the two halves of dev; None where predictions or answers are missing."""
+    """Return the scores on the two halves of dev; None where predictions or answers are missing.
+
+    Raises:
+        BitfitError: they are of other epochs or rows than the run.
+    """
     if predictions is None or answers is None:
         return None
-    task = task_of(record)
+    task, epochs = task_of(record), predictions["dev"]
+    if len(epochs) != len(record["history"]) or any(len(e) != len(answers) for e in epochs):
+        raise BitfitError(
+            f"run {record['id']}: its predictions are not those of {len(record['history'])} epochs "
+            f"on {len(answers)} dev rows; remove its record to have it made again"
+        )
 
     def score(predicted: Sequence[Any], places: NDArray[np.int64]) -> float:
         chosen = [predicted[i] for i in places], [answers[i] for i in places]
         return compute_metrics(task, *chosen)[task.metric]
 
-    return EpochScores(
-        *([score(epoch, half) for epoch in predictions["dev"]] for half in halves(len(answers)))
-    )
+    return EpochScores(*([score(epoch, half) for epoch in epochs] for half in halves(len(answers))))
 
 
 def choose_rate(scores: Iterable[tuple[Record, EpochScores]]) -> float:

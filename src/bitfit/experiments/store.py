@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ from bitfit.errors import BitfitError
 from bitfit.storage import atomic_write
 
 FORMAT = 1
+_EXPERIMENT_KEYS = ("name", "grid", "base", "rows", "tasks", "seeds", "conditions")
+_RECORD_KEYS = ("id", "state", "row", "base", "task", "train_rows", "config")
 # A group whose process has not said for so long that it lives is taken over by another.
 STALE_SECONDS = 600.0
 # How often a running process says so.
@@ -85,7 +88,7 @@ class Store:
             raise BitfitError(
                 f"{path}: format {found.get('format')!r}; this version reads format {FORMAT}"
             )
-        return found
+        return _with_keys(found, _EXPERIMENT_KEYS, path, "an experiment")
 
     def write_experiment(self, value: Mapping[str, Any]) -> None:
         """Write ``experiment.json``."""
@@ -118,7 +121,7 @@ class Store:
             rate, seed = config["learning_rate"], config["seed"]
             return record["base"], row, task, record["train_rows"] or 0, rate, seed, record["id"]
 
-        return sorted(map(_read_json, self._files("runs", ".json")), key=place)
+        return sorted(map(_read_record, self._files("runs", ".json")), key=place)
 
     def finished(self) -> dict[str, str]:
         """Return the state, ``done`` or ``failed``, of each run by its id."""
@@ -126,7 +129,7 @@ class Store:
         for path in self._files("runs", ".json"):
             # A record changes only by `forget`, and it is asked for at every claim.
             if path.stem not in self._states:
-                self._states[path.stem] = _read_json(path)["state"]
+                self._states[path.stem] = _read_record(path)["state"]
             found[path.stem] = self._states[path.stem]
         return found
 
@@ -136,7 +139,7 @@ class Store:
 
     def record(self, run_id: str) -> dict[str, Any]:
         """Return the record of one finished or failed run."""
-        return _read_json(self.directory / "runs" / f"{run_id}.json")
+        return _read_record(self.directory / "runs" / f"{run_id}.json")
 
     def write(self, result: Result) -> None:
         """Keep what a run left: the record last, so that a run with a record is whole."""
@@ -166,7 +169,11 @@ class Store:
 
     def predictions(self, run_id: str) -> dict[str, Any] | None:
         """Return a run's predictions of dev, epoch by epoch; None where they are not kept here."""
-        return _read_packed(self._packed("predictions", run_id))
+        path = self._packed("predictions", run_id)
+        found = _read_packed(path)
+        if found is not None and not _are_lists(found.get("dev")):
+            raise BitfitError(f"{path}: no predictions: expected a list of each epoch's")
+        return found
 
     def answers(self, record: Mapping[str, Any]) -> list[Any] | None:
         """Return what is right on the dev rows of a run; None where it is not kept here."""
@@ -175,6 +182,8 @@ class Store:
         path = self._answers_path(record)
         if path not in self._answers:
             found = _read_packed(path)
+            if found is not None and not isinstance(found.get("answers"), list):
+                raise BitfitError(f"{path}: no answers: expected a list of them")
             self._answers[path] = None if found is None else found["answers"]
         return self._answers[path]
 
@@ -323,10 +332,33 @@ def _is_running(pid: int) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise BitfitError(f"{path}: cannot be read as JSON: {error}") from error
+    return _an_object(found, path)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    return _with_keys(_read_json(path), _RECORD_KEYS, path, "a run")
+
+
+def _an_object(found: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise BitfitError(f"{path}: holds {type(found).__name__}, expected an object")
     return found
+
+
+def _with_keys(found: dict[str, Any], keys: Sequence[str], path: Path, what: str) -> dict[str, Any]:
+    lacking = [key for key in keys if key not in found]
+    if lacking:
+        raise BitfitError(
+            f"{path}: not the record of {what}: lacks {', '.join(lacking)}; put back what was there"
+        )
+    return found
+
+
+def _are_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, list) for each in value)
 
 
 def _read_if_there(path: Path) -> dict[str, Any] | None:
@@ -346,12 +378,12 @@ def _write_json(path: Path, value: Mapping[str, Any], indent: int | None = None)
 
 def _read_packed(path: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+        found = json.loads(gzip.decompress(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise BitfitError(f"{path}: cannot be read: {error}") from error
-    return found
+    return _an_object(found, path)
 
 
 def _write_packed(path: Path, value: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ a directory, each taking what the others have not.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -15,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from bitfit.base import find_base
+from bitfit.base import check_base
 from bitfit.cluster import check_address, connected
 from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
@@ -36,6 +37,8 @@ from bitfit.precision import choose_place
 from bitfit.training.lane import Lane
 from bitfit.training.lane_count import choose_lane_count
 
+# Options with which a command asks for the same runs.
+_NOTHING_ELSE = {"--resume", "--retry-failed", "--quiet", "-q", "--json", "--debug"}
 # How long to wait before looking again whether another process has finished its group.
 _WAIT_SECONDS = 5.0
 
@@ -167,7 +170,7 @@ class Sweep:
         self.sources = Sources(settings.data)
         # Before anything is written: what cannot begin leaves all as it was.
         for base in grid.base:
-            find_base(base)
+            check_base(base)
         if not self.store.exists:
             check_weights(grid, settings.dtype)
         self.grid, missing = self.sources.there(grid, skip_missing=settings.skip_missing)
@@ -447,10 +450,20 @@ def _described(
         "seeds": whole["seeds"],
         "search": grid.search,
         "paper": grid.paper,
-        "command": settings.command if before is None else before["command"],
+        "commands": _commands(before or {}, settings.command),
         "grid": whole,
         "conditions": conditions.to_json() | {"lanes": lanes},
     }  # fmt: skip
+
+
+def _commands(before: dict[str, Any], command: str) -> list[str]:
+    """Return the commands that the runs are of: those that asked for others than each before."""
+    known = before.get("commands") or [before["command"]] if before else []
+
+    def asks_for(words: str) -> list[str]:
+        return [word for word in shlex.split(words) if word not in _NOTHING_ELSE]
+
+    return known if asks_for(command) in map(asks_for, known) else [*known, command]
 
 
 def conditions_of(grid: Grid, store: Store, settings: Settings) -> Conditions:

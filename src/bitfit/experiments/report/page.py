@@ -131,11 +131,11 @@ def as_page(
     parts.append(_runs(results, runs))
     names = [*((s.key, s.title) for s in said), *((t.key, t.title) for t in shown)]
     names.append(("runs", "Every run"))
-    command = results.experiment.get("command")
+    commands = "\n".join(results.commands)
     return _PAGE.substitute(
         title=escape(title),
         style=_STYLE,
-        command=f"<pre><code>{escape(str(command))}</code></pre>" if command else "",
+        command=f"<pre><code>{escape(commands)}</code></pre>" if commands else "",
         contents="\n".join(f'<li><a href="#{escape(k)}">{escape(t)}</a></li>' for k, t in names),
         main="\n".join(parts),
     )

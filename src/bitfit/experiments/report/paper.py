@@ -32,6 +32,11 @@ class PrintedRow:
     source: str
     """Where it stands in the paper."""
 
+    @property
+    def can_be_ours(self) -> bool:
+        """Whether a run can stand beside it: on dev, and not taken from another paper."""
+        return self.split == "dev" and "taken there from" not in self.source
+
 
 @cache
 def _file() -> dict[str, Any]:

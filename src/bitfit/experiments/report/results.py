@@ -146,6 +146,12 @@ class Results:
         return ", ".join(parts)
 
     @property
+    def commands(self) -> list[str]:
+        """The commands that the experiment's runs are of, the first first."""
+        found = self.experiment.get("commands") or [self.experiment.get("command")]
+        return [" ".join(str(command).split()) for command in found if command]
+
+    @property
     def paper(self) -> str | None:
         """The key of the printed numbers to set beside ours."""
         return self.experiment.get("paper")
@@ -208,6 +214,19 @@ class Results:
             run: " on ".join(str(e[key]) for key in ("dtype", "device") if key in e)
             for run, e in found.items()
         }
+
+    def share(self, line: Line) -> float | None:
+        """Return the share of the encoder's parameters that the runs of a line train.
+
+        None where it is not known: no run of full fine-tuning says how many the base has.
+        """
+        counts = [
+            (r["base"], r["config"]["method"], self.line_of(r), r["trainable"]["encoder"])
+            for r in self.done if r.get("trainable")
+        ]  # fmt: skip
+        whole = [n for base, method, _, n in counts if (base, method) == (line.base, "full")]
+        own = [n for _, _, found, n in counts if found == line]
+        return own[0] / whole[0] if own and whole else None
 
     def runs(self, line: Line, task: str) -> list[dict[str, Any]]:
         """Return every finished run of a cell, at any rate."""

@@ -9,6 +9,7 @@ from bitfit.experiments.report.differences import WAYS
 from bitfit.experiments.report.paper import (
     printed_rates,
     printed_row,
+    printed_rows,
     printed_score,
     task_title,
 )
@@ -42,7 +43,47 @@ def best_table(results: Results) -> Table | None:
         return shown, found.best
 
     notes = ["The best of the seeds at the chosen rate: a single best-on-dev number, as printed."]
-    return _wide(results, "best", "Best on dev", "paper", cell, notes)
+    table = _wide(results, "best", "Best on dev", "paper", cell, notes)
+    return None if table is None else _with_shares(results, table)
+
+
+def _with_shares(results: Results, table: Table) -> Table:
+    """Return the table of best scores as the paper's are: with the shares of the parameters.
+
+    And with the paper's rows that no run of ours can be, printed numbers only.
+    """
+    keys = [column.key for column in table.columns]
+    place = keys.index("seeds")
+
+    def widened(
+        row: Sequence[Cell], share: float | None, printed: float | None
+    ) -> tuple[Cell, ...]:
+        shown = DASH if share is None else f"{100 * share:.2f}"
+        return (*row[:place], Cell(shown, share, (), printed, ".2f"), *row[place:])
+
+    rows = []
+    for line, row in zip(results.lines, table.rows, strict=True):
+        printed = printed_row(results.paper, line.row, line.base)
+        rows.append(widened(row, results.share(line), printed.percent if printed else None))
+    others = [row for split in ("dev", "test") for row in printed_rows(results.paper, split)]
+    others = [row for row in others if not row.can_be_ours]
+    for other in others:
+        scores = [Cell(printed=other.scores.get(c.key)) for c in results.columns]
+        name = f"{other.name}, {other.base}, {other.split}"
+        row = (text(name), *scores, *[Cell()] * (len(keys) - 1 - len(scores)))
+        rows.append(widened(row, None, other.percent))
+    if all(row[place].text == DASH and row[place].printed is None for row in rows):
+        return table
+    share = Column("percent", "% of the encoder")
+    columns = (*table.columns[:place], share, *table.columns[place:])
+    notes = ["% of the encoder: the parameters that are trained, without the head."]
+    if others:
+        sources = "; ".join(f"{row.name}, {row.split}: {row.source}" for row in others)
+        notes.append(f"Printed only: {sources}.")
+    return replace(
+        table, columns=columns, rows=tuple(rows), notes=(*table.notes, *notes),
+        printed_only=len(others),
+    )  # fmt: skip
 
 
 def mean_table(results: Results, way: str) -> Table | None:
@@ -180,7 +221,9 @@ def _rate_cell(results: Results, line: Line, task: str) -> Cell:
 
 
 def printed_text(table: Table, cell: Cell) -> str:
-    """Return how a printed number is written beside ours: a rate, or a score times 100."""
+    """Return how a printed number is written beside ours: a rate, a score times 100, a share."""
     if cell.printed is None:
         return ""
-    return rate_text(cell.printed) if table.key == "rates" else f"{cell.printed:.1f}"
+    return (
+        rate_text(cell.printed) if table.key == "rates" else f"{cell.printed:{cell.printed_form}}"
+    )

@@ -31,6 +31,8 @@ class Cell:
     """The ids of the runs that it is made of."""
     printed: float | None = None
     """What the paper prints here, times 100."""
+    printed_form: str = ".1f"
+    """How that is written."""
     mark: str = ""
     """A sign that a note below the table explains."""
 
@@ -65,6 +67,8 @@ class Table:
     """Whether it has the shape of the paper's tables: methods in rows, tasks in columns."""
     printed_base: str = ""
     """The base of the printed numbers beside ours."""
+    printed_only: int = 0
+    """How many rows, the last ones, have printed numbers only."""
 
 
 def text(value: object) -> Cell:

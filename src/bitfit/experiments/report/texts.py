@@ -102,7 +102,8 @@ def as_latex(table: Table) -> str:
     ]
     lines.append(_latex_row([c.title for c in columns]))
     lines.append(r"\hline")
-    lines += [_latex_row([row[i].marked for i in wanted]) for row in table.rows]
+    ours = table.rows[: len(table.rows) - table.printed_only]
+    lines += [_latex_row([row[i].marked for i in wanted]) for row in ours]
     lines += _printed_rows(table, wanted)
     notes = " ".join(n for n in table.notes if not (table.is_wide and n.startswith("In brackets")))
     caption = f"{table.title}. {notes}".strip()

@@ -155,7 +155,7 @@ def _as_json(results: Results, title: str, said: Sequence[Section], tables: Sequ
             "format": 1,
             "title": title,
             "name": results.experiment.get("name"),
-            "command": results.experiment.get("command"),
+            "commands": results.commands,
             "runs": {
                 "done": len(results.done),
                 "failed": len(results.failed),
@@ -176,9 +176,8 @@ def _as_markdown(
     runs: str,
 ) -> str:
     lines = [f"# {escape_markdown(title)}", ""]
-    command = results.experiment.get("command")
-    if command:
-        lines += [f"    {' '.join(str(command).split())}", ""]
+    if results.commands:
+        lines += [*(f"    {command}" for command in results.commands), ""]
     for section in said:
         lines += [f"## {section.title}", ""]
         lines += [f"- {escape_markdown(sentence)}" for sentence in section.sentences]
