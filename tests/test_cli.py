@@ -1205,6 +1205,7 @@ def test_reproduce_all_takes_of_the_options_what_each_experiment_has(tmp_path: P
         (["sweep", "--ray", "-q", "g.toml"], ["sweep", "--ray", "auto", "-q", "g.toml"]),
         (["sweep", "--ray", "local", "--json"], ["sweep", "--ray", "local", "--json"]),
         (["serve", "--ray=h:1", "--replicas", "2"], ["serve", "--ray=h:1", "--replicas", "2"]),
+        (["predict", "f", "--ray"], ["predict", "f", "--ray"]),  # no option there
     ],
 )
 def test_ray_without_an_address_is_the_cluster_that_runs_here(given, understood):

@@ -76,6 +76,9 @@ def test_a_grid_has_rows_tasks_rates_and_seeds():
         (("epochs = 2", "epochs = 1.5"), "epochs is 1.5; expected a whole number"),
         (("epochs = 2", "epochs = true"), "epochs is True; expected a whole number"),
         (('"A small one"', "5"), "title: 5; expected a text"),
+        (("epochs = 2", "name = 5"), "name: 5; expected a text"),
+        (("epochs = 2", 'options = { attention_dropout = "a" }'), "attention_dropout is 'a'"),
+        (("max_length = 64", "limit = true"), "training rows: True; expected at least 1"),
         (("epochs = 2", 'options = "fast"'), "options: 'fast'; expected a table of options"),
         (("epochs = 2", "options = { terms = 3 }"), "row 'BitFit': "),
         (("epochs = 2", 'paper = "table9"'), "unknown entry of paper 'table9'. Did you mean"),
@@ -165,6 +168,11 @@ def test_the_command_of_a_run_reads_the_same_data_and_trains_the_same():
     command = command_of(run, Path("data"), Conditions(dtype="fp32", device="cpu", threads=2))
     words = shlex.split(command)
     assert words[:2] == ["bitfit", "train"]
+    assert words[words.index("--max-length") + 1] == "64"
+    usual = dataclasses.replace(run, config=config.replace(max_length=128))
+    assert "--max-length 128" in command_of(
+        usual, Path("data"), Conditions(dtype="fp32", device="cpu", threads=2)
+    )  # spans have 384 where it is not given
     train = typer.main.get_command(app.app).commands["train"]
     given = train.make_context("train", words[2:]).params
     source = data_config(task, Path("data"), 7, 3)

@@ -304,6 +304,15 @@ def test_curves_cross_where_the_gap_changes_its_sign(gaps, places):
     assert zeros([100, 10_000], gaps) == pytest.approx(places)
 
 
+def test_a_curve_that_goes_as_far_as_each_task_has_rows_misses_nothing(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit"], tasks=["rte", "stsb"], seeds=[0])
+    for task, size in ((RTE, 100), (RTE, 2490), (STSB, 100), (STSB, 5000)):
+        sample.done("BitFit", task, train_rows=size)
+    assert Results(sample).missing() == 0
+    sample = Sample(tmp_path, rows=["BitFit"], tasks=["rte", "stsb", "mrpc"], seeds=[0])
+    assert Results(sample).missing() == 3
+
+
 def test_a_gap_of_zero_between_two_signs_is_the_crossing():
     assert zeros([10, 100, 1000], [0.1, 0.0, -0.2]) == [100.0]
     assert zeros([10, 100, 1000], [0.1, 0.0, 0.2]) == []

@@ -24,7 +24,7 @@ def store(tmp_path):
 def result(run_id, row="BitFit", task="rte", rate=1e-3, seed=0, state="done"):
     record = {
         "id": run_id, "state": state, "row": row, "base": "minilm", "task": {"name": task},
-        "train_rows": None, "config": {"learning_rate": rate, "seed": seed},
+        "train_rows": None, "config": {"learning_rate": rate, "seed": seed}, "history": [],
         "data": {"train": "a" * 64, "dev": "b" * 64, "seed": 0},
     }  # fmt: skip
     return Result(record=record, predictions={"dev": [[0, 1]]}, answers=[1, 1], task_file=b"file")
@@ -148,9 +148,22 @@ def test_a_damaged_file_of_predictions_is_named(store):
 def test_a_record_that_is_none_is_named(store):
     store.write(result("01"))
     path = store.directory / "runs" / "01.json"
+    record = json.loads(path.read_text())
+    for key in ("task", "config", "history"):
+        path.write_text(json.dumps(record | {key: None}))
+        with pytest.raises(BitfitError, match=r"01\.json: not the record of a run: its task"):
+            store.records()
     path.write_text("{}")
     for read in (store.records, lambda: store.record("01")):
         with pytest.raises(BitfitError, match=r"01\.json: not the record of a run: lacks id"):
             read()
     with pytest.raises(BitfitError, match=r"01\.json: not the record of a run: lacks id"):
         Store(store.directory).finished()
+
+
+def test_a_size_beyond_the_rows_that_there_were_is_read_as_all_of_them(store):
+    """As records of learning curves were written before."""
+    asked = result("01")
+    asked.record.update(train_rows=64, rows={"train": 24, "dev": 8})
+    store.write(asked)
+    assert [record["train_rows"] for record in store.records()] == [24]

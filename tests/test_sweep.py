@@ -116,7 +116,9 @@ def test_the_commands_of_an_experiment_are_those_that_asked_for_something(
     checkpoint, data, tmp_path
 ):
     out, line = tmp_path / "out", "bitfit sweep small.toml --rows BitFit"
-    for command in (line, f"{line} --resume -q", f"{line},Frozen --resume", f"{line} --resume"):
+    for command in (
+        line, f"{line} --resume -q", f"{line},Frozen --resume", f"{line} --budget 2h --resume",
+    ):  # fmt: skip
         small_sweep(checkpoint(), str(data), str(out), budget_seconds=0.0, command=command)
     assert Store(out).experiment()["commands"] == [line, f"{line},Frozen --resume"]
     described = Store(out).experiment()
@@ -325,10 +327,17 @@ def move_back_to_bf16(checkpoint, data, out, threads=1):
 
 
 def test_a_base_that_is_not_there_begins_no_experiment(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(BaseModelError, match="base 'nosuchbase' cannot be loaded"):
-        Sweep(small_grid("nosuchbase"), tmp_path / "out", Settings(data=data))
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "code").mkdir()
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (tmp_path / "code" / "config.json").write_text(json.dumps(own))
+    (tmp_path / "code" / "mine.py").write_text("raise SystemExit('was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask
+    for base in ("nosuchbase", str(tmp_path / "empty"), str(tmp_path / "code")):
+        with pytest.raises(BaseModelError, match="cannot be loaded"):
+            Sweep(small_grid(base), tmp_path / "out", Settings(data=data))
+        assert not (tmp_path / "out").exists()
 
 
 def test_rows_that_train_weights_are_refused_in_bf16_before_anything_is_written(
@@ -611,6 +620,23 @@ def test_a_dry_run_of_several_experiments_counts_what_they_share_once(checkpoint
     assert (first["runs"], first["shared"]) == (3 + 2, 0)
     assert second["shared"] == first["runs"]
     assert second["runs"] == dry_run(grid, tmp_path / "two", settings)["runs"] - first["runs"]
+
+
+def test_a_random_choice_costs_its_places_too(checkpoint, data, tmp_path):
+    row = Row(name="random", options={"method": "random"}, learning_rate=(1e-3,))
+    grid = replace(small_grid(checkpoint(), seeds=(0,)), rows=(row,), reference=None)
+    Sweep(grid, tmp_path / "out", Settings(data=data, threads=1)).run()
+    (record,) = Store(tmp_path / "out").records()
+    count = record["trainable"]
+    assert record["cost"]["task_bytes"] == 12 * count["encoder"] + 4 * count["head"]
+
+
+def test_what_cannot_be_made_has_no_repeats_to_come(checkpoint, data, tmp_path):
+    row = Row(name="lost", options={"terms": "all@last9"}, learning_rate=(1e-3, 1e-4))
+    grid = replace(small_grid(checkpoint()), rows=(row,), reference=None)
+    settings = Settings(data=data, threads=1, resume=True)
+    assert len(Sweep(grid, tmp_path / "out", settings).run().failed) == 2
+    assert dry_run(grid, tmp_path / "out", settings)["runs"] == 0
 
 
 def test_what_the_time_does_not_suffice_for_is_named_with_its_repeats(checkpoint, data, tmp_path):

@@ -151,19 +151,18 @@ def check_base(name: str) -> None:
     """Look whether there is a base called ``name``, without its weights.
 
     Raises:
-        BaseModelError: a path with nothing there, or a name whose configuration cannot be had from
-            the hub or its cache.
+        BaseModelError: a path with nothing there, or what is there has no configuration that can be
+            read; it may be code, which is not run.
         MissingExtra: ``minilm`` without its package.
     """
     from transformers import AutoConfig
 
     source = find_base(name)
-    if isinstance(source, str):
-        with quiet_transformers():
-            try:
-                AutoConfig.from_pretrained(source)
-            except Exception as error:  # as load_base
-                raise BaseModelError(_cannot_load(name, source, error)) from error
+    with quiet_transformers():
+        try:
+            AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:  # as load_base
+            raise BaseModelError(_cannot_load(name, source, error)) from error
 
 
 def _packaged_minilm() -> Path:

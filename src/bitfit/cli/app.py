@@ -130,6 +130,8 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def _with_ray_address(arguments: list[str]) -> list[str]:
     """Return the arguments with ``--ray`` alone as ``--ray auto``: typer's options need a value."""
+    if arguments[:1] not in (["sweep"], ["reproduce"], ["serve"]) or "--" in arguments:
+        return arguments
     found = []
     for word, following in zip(arguments, [*arguments[1:], "-"], strict=True):
         found += ["--ray", "auto"] if word == "--ray" and following.startswith("-") else [word]

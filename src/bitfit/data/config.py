@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,8 +132,9 @@ class DataConfig:
     def _check_numbers(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"limit is {self.limit}; expected at least 1")
-        if not 0 <= self.dev_fraction < 1:
-            raise UsageError(f"dev_fraction is {self.dev_fraction}; expected 0 up to below 1")
+        share = self.dev_fraction
+        if not (isinstance(share, numbers.Real) and 0 <= share < 1):
+            raise UsageError(f"dev_fraction is {share!r}; expected 0 up to below 1")
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; expected 0 or more")
 

@@ -27,7 +27,7 @@ from bitfit.metrics import majority_score
 from bitfit.tasks import references
 from bitfit.training.finetune import data_source
 from bitfit.training.lane import Lane, Split
-from bitfit.training.methods import make_method
+from bitfit.training.methods import RandomMethod, make_method
 from bitfit.training.outputs import make_task_file
 from bitfit.training.settings import ROW_METHODS
 from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer
@@ -218,10 +218,9 @@ class _Work:
 
     def _cost(self, lane: Lane, began: float, data: bytes | None) -> dict[str, Any]:
         progress, method = lane.progress, self.trainer.method
-        masks = getattr(method, "masks", None)
         if data is not None:
             size = len(data)
-        elif masks is not None:  # an index and a value of each that was drawn
+        elif isinstance(method, RandomMethod):  # an index and a value of each that was drawn
             size = 12 * method.encoder_count(lane.layout) + 4 * lane.head.size
         else:
             size = sum(tensor.numel() * tensor.element_size() for tensor in lane.best)

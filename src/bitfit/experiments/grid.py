@@ -99,6 +99,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant, naming the entry."""
+        _check(isinstance(self.name, str), "name", self.name, "a text")
         if not self.name or not all(c.isascii() and (c.isalnum() or c in "-_") for c in self.name):
             raise UsageError(f"name is {self.name!r}; expected letters, digits, dashes")
         for what, values in (
@@ -115,7 +116,8 @@ class Grid:
         for seed in self.seeds:
             _check(isinstance(seed, int) and seed >= 0, "seeds", seed, "whole numbers from 0")
         for size in (*self.train_rows, *(t.limit for t in self.tasks if t.limit is not None)):
-            _check(isinstance(size, int) and size > 0, "training rows", size, "at least 1")
+            ok = isinstance(size, int) and not isinstance(size, bool) and size > 0
+            _check(ok, "training rows", size, "at least 1")
         _one_of("search", self.search, get_args(Search))
         _one_of("recipe", self.recipe, tuple(RECIPES))
         if self.reference is not None:

@@ -55,11 +55,13 @@ class Planner:
     ) -> None:
         self.grid, self.base, self.material, self.store = grid, base, material, store
         self.also = also
+        # Once for each task: the rows of a large one are not kept for long.
+        self._sizes = {t.name: material.sources.sizes(grid, t) for t in grid.tasks}
         self.cells = [
             CellPlan(row, task, size)
             for row in grid.rows
             for task in grid.tasks
-            for size in material.sources.sizes(grid, task)
+            for size in self._sizes[task.name]
         ]
         self._runs: dict[tuple[Any, ...], Run] = {}
         self._before = self._finished_before()
@@ -81,13 +83,11 @@ class Planner:
     def cut_sizes(self) -> list[str]:
         """Return a sentence for each task that has fewer rows than a learning curve asks for."""
         found = []
-        for task in self.grid.tasks:
-            most = max(self.material.sources.sizes(self.grid, task), key=lambda size: size or 0)
-            above = [f"{size:,}" for size in self.grid.train_rows if most and size > most]
+        for name, sizes in self._sizes.items():
+            most = max(size or 0 for size in sizes)
+            above = [f"{size:,}" for size in self.grid.train_rows if size > most]
             if above:
-                found.append(
-                    f"at most {most:,} training rows of {task.name}: no {', '.join(above)}"
-                )
+                found.append(f"at most {most:,} training rows of {name}: no {', '.join(above)}")
         return found
 
     def search(self) -> list[Run]:
@@ -128,8 +128,10 @@ class Planner:
 
     def unchosen(self) -> list[Run]:
         """Return the stand-ins of :meth:`repeats_to_come` whose cells have not chosen a rate."""
-        chosen = {_cell_of(run) for run in self.repeats()}
-        return [run for run in self.repeats_to_come() if _cell_of(run) not in chosen]
+        finished = self.store.finished()
+        searched = {_cell_of(run) for run in self.search() if run.id not in finished}
+        known = {_cell_of(run) for run in self.repeats()}  # a single rate is chosen already
+        return [run for run in self.repeats_to_come() if _cell_of(run) in searched - known]
 
     def _chosen_rates(self, cell: CellPlan, finished: Mapping[str, str]) -> list[float]:
         """Return the rates that the finished search chose; none while it is not finished."""

@@ -88,7 +88,8 @@ def command_of(run: Run, data: Path, conditions: Conditions) -> str:
     words += ["--recipe", run.config.recipe, "--method", run.config.method]
     for name, value in run.config.to_json().items():
         if name not in ("recipe", "method"):
-            words += _option(name, value, usual[name])
+            # What is usual depends on the kind of task.
+            words += _option(name, value, None if name == "max_length" else usual[name])
     words += ["--data-seed", str(run.data_seed), "--dtype", conditions.dtype]
     words += ["--device", conditions.device, "--threads", str(conditions.threads)]
     return shlex.join([*words, "--train-score", "--json"])

@@ -88,7 +88,10 @@ class Store:
             raise BitfitError(
                 f"{path}: format {found.get('format')!r}; this version reads format {FORMAT}"
             )
-        return _with_keys(found, _EXPERIMENT_KEYS, path, "an experiment")
+        _with_keys(found, _EXPERIMENT_KEYS, path, "an experiment")
+        if wrong := [key for key in ("base", "rows", "tasks") if not isinstance(found[key], list)]:
+            raise BitfitError(f"{path}: not the record of an experiment: {wrong[0]} is no list")
+        return found
 
     def write_experiment(self, value: Mapping[str, Any]) -> None:
         """Write ``experiment.json``."""
@@ -339,7 +342,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    return _with_keys(_read_json(path), _RECORD_KEYS, path, "a run")
+    record = _with_keys(_read_json(path), _RECORD_KEYS, path, "a run")
+    is_whole = record["state"] != "done" or isinstance(record.get("history"), list)
+    if not (isinstance(record["task"], dict) and isinstance(record["config"], dict) and is_whole):
+        raise BitfitError(f"{path}: not the record of a run: its task, config or history is none")
+    # Earlier versions kept the size that a learning curve asked for, though there were fewer rows.
+    there = (record.get("rows") or {}).get("train")
+    if record["train_rows"] is not None and there:
+        record["train_rows"] = min(record["train_rows"], there)
+    return record
 
 
 def _an_object(found: Any, path: Path) -> dict[str, Any]:

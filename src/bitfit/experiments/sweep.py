@@ -39,6 +39,7 @@ from bitfit.training.lane_count import choose_lane_count
 
 # Options with which a command asks for the same runs.
 _NOTHING_ELSE = {"--resume", "--retry-failed", "--quiet", "-q", "--json", "--debug"}
+_HOW = {"--budget", "--lanes", "--ray"}  # each with a value
 # How long to wait before looking again whether another process has finished its group.
 _WAIT_SECONDS = 5.0
 
@@ -461,7 +462,12 @@ def _commands(before: dict[str, Any], command: str) -> list[str]:
     known = before.get("commands") or [before["command"]] if before else []
 
     def asks_for(words: str) -> list[str]:
-        return [word for word in shlex.split(words) if word not in _NOTHING_ELSE]
+        split = shlex.split(words)
+        pairs = zip(split, ["", *split], strict=False)
+        return [
+            word for word, before in pairs
+            if word not in (*_NOTHING_ELSE, *_HOW) and before not in _HOW
+        ]  # fmt: skip
 
     return known if asks_for(command) in map(asks_for, known) else [*known, command]
 

@@ -288,6 +288,8 @@ def _at_places(grad: Tensor, places: Tensor) -> Tensor:
         return grad.flatten()[places]
     grad, width = grad.coalesce(), grad.shape[1]
     known, wanted = grad.indices()[0], places // width
+    if not len(known):
+        return grad.values().new_zeros(len(places))
     found = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
     values = grad.values()[found, places % width]
     return torch.where(known[found] == wanted, values, 0.0)

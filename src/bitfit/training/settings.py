@@ -86,10 +86,9 @@ class TrainConfig:
             if not isinstance(value := getattr(self, name), str):
                 raise UsageError(f"{name} is {value!r}; expected a text")
         self._check_numbers()
-        if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
-            raise UsageError(
-                f"attention_dropout is {self.attention_dropout}; expected 0 up to below 1"
-            )
+        rate = self.attention_dropout
+        if rate is not None and not (isinstance(rate, numbers.Real) and 0 <= rate < 1):
+            raise UsageError(f"attention_dropout is {rate!r}; expected 0 up to below 1")
         if self.learning_rate == 0.0:
             raise UsageError("learning_rate is 0: nothing would be learned")
 

@@ -216,7 +216,7 @@ class Results:
         }
 
     def share(self, line: Line) -> float | None:
-        """Return the share of the encoder's parameters that the runs of a line train.
+        """Return the share of the encoder's parameters that the runs of a line train, their mean.
 
         None where it is not known: no run of full fine-tuning says how many the base has.
         """
@@ -226,7 +226,7 @@ class Results:
         ]  # fmt: skip
         whole = [n for base, method, _, n in counts if (base, method) == (line.base, "full")]
         own = [n for _, _, found, n in counts if found == line]
-        return own[0] / whole[0] if own and whole else None
+        return sum(own) / len(own) / whole[0] if own and whole else None
 
     def runs(self, line: Line, task: str) -> list[dict[str, Any]]:
         """Return every finished run of a cell, at any rate."""
@@ -255,12 +255,17 @@ class Results:
         if isinstance(self.experiment.get("planned"), int):
             return max(0, int(self.experiment["planned"]) - len(self.records))
         sizes = {line.train_rows for line in self.lines} or {None}
+        # A learning curve goes as far as the rows of a task do.
+        own: dict[str, set[int | None]] = {}
+        for record in self.records:
+            own.setdefault(record["task"]["name"], set()).add(self.line_of(record).train_rows)
         axes = (self.experiment.get(key) or [] for key in ("rows", "base", "tasks", "seeds"))
         rows, bases, tasks, seeds = axes
         have = {(self.line_of(r), r["task"]["name"], r["config"]["seed"]) for r in self.records}
         wanted = {
             (Line(row, base, size), task, seed)
-            for row in rows for base in bases for size in sizes for task in tasks for seed in seeds
+            for row in rows for base in bases for task in tasks
+            for size in own.get(task, sizes) for seed in seeds
         }  # fmt: skip
         return len(wanted - have)
 
