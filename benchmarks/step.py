@@ -3,6 +3,7 @@
     python benchmarks/step.py --data glue_data                       # a profile of MRPC's steps
     python benchmarks/step.py --data glue_data --task sst2 --lanes 8
     python benchmarks/step.py --data glue_data --task sst2 --method full
+    python benchmarks/step.py --data glue_data --method random --cpu-time    # no profiler
     python benchmarks/step.py --data glue_data --alternatives        # changes, in turns
 
 Without ``--data`` on the sentences of the shipped example.
@@ -138,6 +139,18 @@ def show_profile(args: argparse.Namespace) -> None:
     print(f"| all others | {rest / total:.1%} |")
 
 
+def show_cpu_time(args: argparse.Namespace) -> None:
+    """Print the CPU time of a step, without the profiler's own."""
+    step, table = make_step(args, WARM_UP + args.steps)
+    for number in range(WARM_UP):
+        step(number)
+    began = time.process_time()
+    for number in range(WARM_UP, WARM_UP + args.steps):
+        step(number)
+    spent = (time.process_time() - began) / args.steps
+    print(f"{_about(args, table)}: {1000 * spent:.0f} ms of CPU a step")
+
+
 def show_alternatives(args: argparse.Namespace) -> None:
     """Print how much longer a step takes with something else in place of what is there."""
     step, table = make_step(args, WARM_UP + args.steps)
@@ -184,10 +197,13 @@ def main() -> None:
     parser.add_argument("--method", default="bitfit", help="one that has no lanes: --lanes 1")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--alternatives", action="store_true", help="changes and not a profile")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--alternatives", action="store_true", help="changes and not a profile")
+    other.add_argument("--cpu-time", action="store_true", help="the time of a step alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    (show_alternatives if args.alternatives else show_profile)(args)
+    shows = {"alternatives": show_alternatives, "cpu_time": show_cpu_time}
+    next((show for name, show in shows.items() if getattr(args, name)), show_profile)(args)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def _all_runs(planner: Planner, states: Mapping[str, str]) -> tuple[list[Run], i
 
 
 def _key(run: Run) -> tuple[Any, ...]:
-    return run.base, run.row.name, run.task.name, run.train_rows
+    return run.base, *run.cell
 
 
 def _new_cell(run: Run) -> dict[str, Any]:

@@ -129,9 +129,11 @@ class Planner:
     def unchosen(self) -> list[Run]:
         """Return the stand-ins of :meth:`repeats_to_come` whose cells have not chosen a rate."""
         finished = self.store.finished()
-        searched = {_cell_of(run) for run in self.search() if run.id not in finished}
-        known = {_cell_of(run) for run in self.repeats()}  # a single rate is chosen already
-        return [run for run in self.repeats_to_come() if _cell_of(run) in searched - known]
+        left = {
+            run.cell for run in self.search()
+            if run.id not in finished and len(run.row.rates) > 1  # one alone is chosen already
+        }  # fmt: skip
+        return [run for run in self.repeats_to_come() if run.cell in left]
 
     def _chosen_rates(self, cell: CellPlan, finished: Mapping[str, str]) -> list[float]:
         """Return the rates that the finished search chose; none while it is not finished."""
@@ -199,10 +201,6 @@ class Planner:
         """Return the runs of these ids, in their order; None where one is not of this grid."""
         known = {run.id: run for run in (*self.search(), *self.repeats())}
         return [known[i] for i in run_ids] if all(i in known for i in run_ids) else None
-
-
-def _cell_of(run: Run) -> tuple[str, str, int | None]:
-    return run.row.name, run.task.name, run.train_rows
 
 
 def first_group(runs: Sequence[Run], lanes_for: Callable[[Sequence[Run]], int]) -> Group:

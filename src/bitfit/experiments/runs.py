@@ -55,13 +55,19 @@ class Run:
         """Task, training rows and seed: the data that it learns from."""
         return self.task.name, self.train_rows, self.data_seed
 
+    @property
+    def cell(self) -> tuple[str, str, int | None]:
+        """Row, task and training rows: what it is one rate and seed of, on its base."""
+        return self.row.name, self.task.name, self.train_rows
+
+    def title(self, rate: str) -> str:
+        """Return what a reader knows it by, at a rate in words."""
+        size = "" if self.train_rows is None else f", {self.train_rows:,} rows"
+        return f"{self.row.name} on {self.task.name}{size}, {rate}, seed {self.config.seed}"
+
     def __str__(self) -> str:
         """Return what a reader knows it by."""
-        size = "" if self.train_rows is None else f", {self.train_rows:,} rows"
-        return (
-            f"{self.row.name} on {self.task.name}{size}, rate {self.config.learning_rate:g}, "
-            f"seed {self.config.seed}"
-        )
+        return self.title(f"rate {self.config.learning_rate:g}")
 
 
 def data_config(task: GridTask, data: Path, train_rows: int | None, seed: int) -> DataConfig:

@@ -6,7 +6,6 @@ a directory, each taking what the others have not.
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -23,6 +22,7 @@ from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
 from bitfit.experiments.claimed import Held
 from bitfit.experiments.cluster import RayExecutor, new_job
 from bitfit.experiments.conditions import Conditions, check_weights, choose_conditions
+from bitfit.experiments.described import check_joins, describe
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Event as TrainingEvent
 from bitfit.experiments.execute import Group
@@ -32,14 +32,10 @@ from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import Planner, first_group, make_group, most_lanes
 from bitfit.experiments.runs import Run
 from bitfit.experiments.store import STALE_SECONDS, Claim, Result, Store
-from bitfit.jsonable import jsonable
 from bitfit.precision import choose_place
 from bitfit.training.lane import Lane
 from bitfit.training.lane_count import choose_lane_count
 
-# Options with which a command asks for the same runs.
-_NOTHING_ELSE = {"--resume", "--retry-failed", "--quiet", "-q", "--json", "--debug"}
-_HOW = {"--budget", "--lanes", "--ray"}  # each with a value
 # How long to wait before looking again whether another process has finished its group.
 _WAIT_SECONDS = 5.0
 
@@ -182,13 +178,14 @@ class Sweep:
             self._moved: Moved | None = None
             lanes = {}
             if before is not None:
-                _check_joins(grid, before, directory, settings)
+                check_joins(grid, before, directory, resume=settings.resume)
                 recorded = Conditions.from_json(before["conditions"])
                 if self.conditions == recorded:
                     lanes = before["conditions"]["lanes"]
                 else:
                     self._moved = self._move(recorded)
-            self.store.write_experiment(_described(grid, settings, self.conditions, lanes, before))
+            described = describe(grid, settings.command, self.conditions, lanes, before)
+            self.store.write_experiment(described)
         torch.set_num_threads(self.conditions.threads)
         self._taken_over: set[str] = set()
         self._began = time.perf_counter()
@@ -282,7 +279,7 @@ class Sweep:
                     break
         self.summary.left_out += [str(run) for run in left_out.values()]
         if left_out:
-            self.summary.left_out += [_with_any_rate(run) for run in planner.unchosen()]
+            self.summary.left_out += [run.title("the best rate") for run in planner.unchosen()]
 
     def _executor(
         self,
@@ -414,64 +411,6 @@ def _place(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _with_any_rate(run: Run) -> str:
-    """Return what a reader knows a repeat by whose rate is not chosen."""
-    size = "" if run.train_rows is None else f", {run.train_rows:,} rows"
-    return f"{run.row.name} on {run.task.name}{size}, the best rate, seed {run.config.seed}"
-
-
-def _described(
-    grid: Grid,
-    settings: Settings,
-    conditions: Conditions,
-    lanes: dict[str, int],
-    before: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Return ``experiment.json``: the grid, with what was there of other rows, tasks and seeds."""
-    whole = grid.to_json()
-    for key in ("rows", "tasks"):
-        names = {entry["name"] for entry in whole[key]}
-        old = before["grid"][key] if before else []
-        whole[key] = [e for e in old if e["name"] not in names] + list(whole[key])
-        order = [entry["name"] for entry in old]
-        whole[key].sort(key=lambda e, o=order: o.index(e["name"]) if e["name"] in o else len(o))
-    for key in ("seeds", "base"):
-        old = before["grid"][key] if before else []
-        whole[key] = [*old, *(value for value in whole[key] if value not in old)]
-    # Whoever joins with a few of the rows may not have the one that others are compared with.
-    whole["reference"] = grid.reference or (before["grid"]["reference"] if before else None)
-    return {
-        "name": grid.name,
-        "title": grid.title,
-        "base": whole["base"],
-        "recipe": grid.recipe,
-        "rows": [row["name"] for row in whole["rows"]],
-        "reference_row": whole["reference"] or whole["rows"][0]["name"],
-        "tasks": [task["name"] for task in whole["tasks"]],
-        "seeds": whole["seeds"],
-        "search": grid.search,
-        "paper": grid.paper,
-        "commands": _commands(before or {}, settings.command),
-        "grid": whole,
-        "conditions": conditions.to_json() | {"lanes": lanes},
-    }  # fmt: skip
-
-
-def _commands(before: dict[str, Any], command: str) -> list[str]:
-    """Return the commands that the runs are of: those that asked for others than each before."""
-    known = before.get("commands") or [before["command"]] if before else []
-
-    def asks_for(words: str) -> list[str]:
-        split = shlex.split(words)
-        pairs = zip(split, ["", *split], strict=False)
-        return [
-            word for word, before in pairs
-            if word not in (*_NOTHING_ELSE, *_HOW) and before not in _HOW
-        ]  # fmt: skip
-
-    return known if asks_for(command) in map(asks_for, known) else [*known, command]
-
-
 def conditions_of(grid: Grid, store: Store, settings: Settings) -> Conditions:
     """Return the conditions under which a sweep begins or goes on, as :func:`choose_conditions`.
 
@@ -484,34 +423,6 @@ def conditions_of(grid: Grid, store: Store, settings: Settings) -> Conditions:
         grid, recorded, dtype=settings.dtype, device=settings.device, threads=settings.threads,
         move=settings.move,
     )  # fmt: skip
-
-
-def _check_joins(grid: Grid, before: dict[str, Any], directory: Path, settings: Settings) -> None:
-    """Refuse to go on with another experiment; other rows, tasks and seeds may be added.
-
-    Raises:
-        UsageError: it was not asked to go on, or it is another experiment.
-    """
-    if not settings.resume:
-        raise UsageError(
-            f"{directory} holds the experiment {before['name']!r}: --resume goes on with it, or "
-            "take another --out"
-        )
-    now, then = jsonable(grid.to_json()), before["grid"]
-    for key in ("name", "recipe", "epochs", "search", "options", "train_rows"):
-        if now[key] != then[key]:
-            raise UsageError(
-                f"{directory} holds an experiment with {key} {then[key]!r}, not {now[key]!r}: "
-                "take another --out"
-            )
-    for key in ("rows", "tasks"):
-        known = {entry["name"]: entry for entry in then[key]}
-        for entry in now[key]:
-            if known.get(entry["name"], entry) != entry:
-                raise UsageError(
-                    f"{directory}: {entry['name']!r} was begun with other settings: "
-                    f"{known[entry['name']]}; take another --out"
-                )
 
 
 def _pause(should_stop: Callable[[], bool] | None) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 from bitfit.experiments.report.figures import Drawing
 from bitfit.experiments.report.results import Results
-from bitfit.experiments.report.scores import printed_text
 from bitfit.experiments.report.table import Cell, Column, Table, rate_text
 from bitfit.experiments.report.words import Section
 
@@ -172,7 +171,7 @@ def _align(column: Column) -> str:
 
 
 def _cell(table: Table, place: int, cell: Cell, seeds: Mapping[str, str]) -> str:
-    printed = printed_text(table, cell)
+    printed = cell.printed_text
     inside = _linked(cell, seeds)
     if printed:
         inside += f'<span class="printed">paper: {escape(printed)}</span>'

@@ -59,7 +59,7 @@ def _with_shares(results: Results, table: Table) -> Table:
         row: Sequence[Cell], share: float | None, printed: float | None
     ) -> tuple[Cell, ...]:
         shown = DASH if share is None else f"{100 * share:.2f}"
-        return (*row[:place], Cell(shown, share, (), printed, ".2f"), *row[place:])
+        return (*row[:place], Cell(shown, share, (), printed, "{:.2f}".format), *row[place:])
 
     rows = []
     for line, row in zip(results.lines, table.rows, strict=True):
@@ -217,13 +217,5 @@ def _rate_cell(results: Results, line: Line, task: str) -> Cell:
         {"rate": found, "tried": tried},
         tuple(c.record["id"] for c in choices),
         printed_rates(line.row, line.base)[1].get(task) if results.paper else None,
-    )
-
-
-def printed_text(table: Table, cell: Cell) -> str:
-    """Return how a printed number is written beside ours: a rate, a score times 100, a share."""
-    if cell.printed is None:
-        return ""
-    return (
-        rate_text(cell.printed) if table.key == "rates" else f"{cell.printed:{cell.printed_form}}"
+        rate_text,
     )

@@ -7,7 +7,7 @@ its ``text``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Cell:
     """The ids of the runs that it is made of."""
     printed: float | None = None
     """What the paper prints here, times 100."""
-    printed_form: str = ".1f"
+    write_printed: Callable[[float], str] = "{:.1f}".format
     """How that is written."""
     mark: str = ""
     """A sign that a note below the table explains."""
@@ -40,6 +40,11 @@ class Cell:
     def marked(self) -> str:
         """The text with its mark, for readers; tables for programs have the text alone."""
         return f"{self.text} {self.mark}" if self.mark else self.text
+
+    @property
+    def printed_text(self) -> str:
+        """The printed number as it is written beside ours; empty where there is none."""
+        return "" if self.printed is None else self.write_printed(self.printed)
 
 
 @dataclass(frozen=True)

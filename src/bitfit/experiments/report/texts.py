@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Sequence
 
-from bitfit.experiments.report.scores import printed_text
 from bitfit.experiments.report.table import DASH, Cell, Column, Table
 from bitfit.experiments.report.words import paper_order
 from bitfit.terms import SYMBOLS
@@ -29,16 +28,16 @@ def as_markdown(table: Table, *, runs: str = "../runs") -> str:
         "|" + "|".join("---:" if c.is_number else "---" for c in columns) + "|",
     ]
     for row in table.rows:
-        lines.append("| " + " | ".join(_markdown_cell(table, cell, runs) for cell in row) + " |")
+        lines.append("| " + " | ".join(_markdown_cell(cell, runs) for cell in row) + " |")
     notes = [f"- {escape_markdown(note)}" for note in table.notes]
     heading = f"## {escape_markdown(table.title)}"
     return "\n".join([heading, "", *lines, *([""] if notes else []), *notes, ""])
 
 
-def _markdown_cell(table: Table, cell: Cell, runs: str) -> str:
+def _markdown_cell(cell: Cell, runs: str) -> str:
     if cell.runs and cell.text == ", ".join(cell.runs):
         return ", ".join(f"[{run}]({runs}/{run}.json)" for run in cell.runs)
-    printed = printed_text(table, cell)
+    printed = cell.printed_text
     return escape_markdown(cell.marked) + (f" ({printed})" if printed else "")
 
 
@@ -67,7 +66,7 @@ def as_csv(table: Table) -> str:
         for i, cell in enumerate(row):
             cells.append("" if cell.text == DASH else cell.text)
             if i in with_printed:
-                cells.append(printed_text(table, cell))
+                cells.append(cell.printed_text)
         writer.writerow(cells)
     return out.getvalue()
 
@@ -129,7 +128,7 @@ def _printed_rows(table: Table, wanted: Sequence[int]) -> list[str]:
         return []
     lines = [r"\hline", rf"\multicolumn{{{len(wanted)}}}{{l}}{{{_printed_title(table)}}} \\"]
     for row in rows:
-        cells = [row[i].text if i < table.heads else printed_text(table, row[i]) for i in wanted]
+        cells = [row[i].text if i < table.heads else row[i].printed_text for i in wanted]
         lines.append(_latex_row([cell or DASH for cell in cells]))
     return lines
 
