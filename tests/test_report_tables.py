@@ -431,8 +431,11 @@ def test_cells_without_runs_are_dashes_and_have_no_average(tmp_path):
     sample = Sample(tmp_path, rows=["BitFit", "Frozen"], tasks=["mrpc", "rte"])
     sample.done("BitFit", MRPC)
     sample.done("Frozen", RTE)
-    rows = as_dicts(tables_of(sample)["mean-paper"])
+    table = tables_of(sample)["mean-paper"]
+    rows = as_dicts(table)
     assert rows[0]["rte"] == rows[1]["mrpc"] == rows[0]["average"] == "–"
+    average = [column.key for column in table.columns].index("average")
+    assert table.rows[0][average].runs == ()  # nothing to unfold below a dash
 
 
 def test_failed_runs_alone_are_reported_with_their_errors(tmp_path):

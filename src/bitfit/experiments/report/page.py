@@ -64,7 +64,8 @@ body {
 }
 a { color: var(--link); }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-nav ul { columns: 18rem; padding-left: 1.2rem; }
+nav ul { columns: 18rem; column-gap: 2.5rem; padding-left: 1.2rem; }
+nav li { break-inside: avoid; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { position: static; }
 .scroll { overflow-x: auto; margin: 1rem 0; }

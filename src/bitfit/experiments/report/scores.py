@@ -142,8 +142,9 @@ def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[C
     cells = [text(results.label(line)), *(cell for cell, _ in made)]
     if len(results.columns) > 1:
         average = mean_column([value for _, value in made])
-        runs = tuple(dict.fromkeys(run for cell, _ in made for run in cell.runs))
-        cells.append(Cell(points(average), none_if_nan(average), runs))
+        value = none_if_nan(average)
+        runs = () if value is None else (run for cell, _ in made for run in cell.runs)
+        cells.append(Cell(points(average), value, tuple(dict.fromkeys(runs))))
     seeds = sorted({len(results.choices(way, line, task)) for task in results.tasks} - {0})
     span = [str(n) for n in (seeds if len(seeds) < 2 else (seeds[0], seeds[-1]))]
     cells.append(Cell("–".join(span) or DASH, seeds))
