@@ -1172,6 +1172,27 @@ def test_a_broken_row_in_a_glue_test_file_is_no_silent_gap(
     assert "every row" in err
 
 
+def test_the_budget_is_for_all_experiments_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitfit.cli import sweeping
+
+    clock, budgets = [100.0], []
+
+    def run_for_40_seconds(order: sweeping.Ordered, *_: object, **__: object) -> dict[str, Any]:
+        budgets.append(order.settings.budget_seconds)
+        clock[0] += 40.0
+        return {"name": order.grid.name}
+
+    monkeypatch.setattr(sweeping, "_run", run_for_40_seconds)
+    monkeypatch.setattr(sweeping.time, "monotonic", lambda: clock[0])
+    grids = [sweeping.builtin_grid(name) for name in ("table3", "gap", "pos")]
+    settings = sweeping.Settings(data=tmp_path, budget_seconds=60.0)
+    orders = [sweeping.Ordered(grid, tmp_path / grid.name, settings) for grid in grids]
+    sweeping.run_grids(orders, {"ray": None}, dry_run=False, as_json=False)
+    assert budgets == [60.0, 20.0, -20.0]  # what begins too late finds nothing that fits
+
+
 def test_reproduce_all_takes_of_the_options_what_each_experiment_has(tmp_path: Path) -> None:
     from bitfit.cli import sweeping
 

@@ -28,6 +28,7 @@ from bitfit.errors import (
 )
 from bitfit.experiments.conditions import Conditions, choose_conditions
 from bitfit.experiments.dry_run import dry_run
+from bitfit.experiments.estimate import Clock
 from bitfit.experiments.grid import Row
 from bitfit.experiments.plan import most_lanes
 from bitfit.experiments.protocol import choose, paper_scores, task_of
@@ -527,6 +528,31 @@ def test_a_budget_leaves_out_what_does_not_fit_and_says_so(checkpoint, data, tmp
     assert summary.made == 0
     assert summary.left_out[0] == "BitFit on tickets, rate 0.0001, seed 0"
     assert len(summary.left_out) >= 6
+
+
+def test_within_a_budget_the_most_telling_runs_are_made_and_the_order_is_kept(
+    checkpoint, data, tmp_path, monkeypatch
+):
+    """What is too long is left out, and what it alone holds up; shorter ones behind it are made."""
+    seconds = {"bitfit": 10.0, "frozen": 10.0, "full": 1000.0}
+    monkeypatch.setattr(
+        Clock, "seconds", lambda clock, group: seconds[group.runs[0].config.method]
+    )  # fmt: skip
+    events = []
+    settings = Settings(data=data, threads=1, lanes=1, budget_seconds=900.0)
+    summary = Sweep(small_grid(checkpoint()), tmp_path / "out", settings).run(events.append)
+    made = [
+        (run.row.name, run.config.seed)
+        for event in events if isinstance(event, GroupStarted) for run in event.group.runs
+    ]  # fmt: skip
+    assert made[:5] == [("BitFit", 0)] * 3 + [("Frozen", 0)] * 2  # the search, in the grid's order
+    seeds = [seed for _, seed in made[5:]]  # then the repeats: every row before the next seed
+    assert seeds == sorted(seeds)
+    assert set(seeds) == {1, 2}
+    assert summary.left_out == [
+        "Full-FT on tickets, rate 0.001, seed 0", "Full-FT on tickets, rate 0.001, seed 1",
+        "Full-FT on tickets, rate 0.001, seed 2",
+    ]  # fmt: skip
 
 
 def test_missing_data_is_refused_or_left_out(checkpoint, data, tmp_path):
