@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from bitfit import metrics
+from bitfit.experiments.report import scorers
 from bitfit.experiments.report.scorers import make_scorer
 from bitfit.experiments.report.statistics import (
     bootstrap_difference,
@@ -237,3 +239,10 @@ def test_intervals_hold_as_often_as_they_say():
         truth = stats.norm.cdf(0.3 / spread) - stats.norm.cdf(0.0)
         held += found.low <= truth <= found.high
     assert 0.90 <= held / 120 <= 1.0
+
+
+def test_every_metric_can_be_scored_on_resamples():
+    """One that is added to the metrics alone would break the reports."""
+    assert {kind: {*table} for kind, table in scorers._MAKERS.items()} == {
+        kind: {*table} for kind, table in metrics._METRICS.items()
+    }

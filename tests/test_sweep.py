@@ -29,6 +29,7 @@ from bitfit.errors import (
 from bitfit.experiments.conditions import Conditions, choose_conditions
 from bitfit.experiments.dry_run import dry_run
 from bitfit.experiments.estimate import Clock
+from bitfit.experiments.execute import BegunAnew
 from bitfit.experiments.grid import Row
 from bitfit.experiments.plan import most_lanes
 from bitfit.experiments.protocol import choose, paper_scores, task_of
@@ -269,6 +270,60 @@ def test_a_full_disk_stops_the_sweep_and_fails_no_run(checkpoint, data, tmp_path
     assert Store(out).records() == []
     summary = Sweep(grid, out, Settings(data=data, lanes=2, threads=1, resume=True)).run()
     assert (summary.failed, summary.made) == ([], 6)
+
+
+def test_a_state_that_cannot_be_used_is_left_and_its_group_begins_again(
+    finished, checkpoint, data, tmp_path
+):
+    """Damaged, say, or of a machine that computes in another way: no run fails by that."""
+    out = tmp_path / "out"
+    stop_after = iter([False] * 3 + [True])
+    with pytest.raises(TrainingInterrupted):
+        small_sweep(checkpoint(), str(data), str(out)).run(None, lambda: next(stop_after))
+    (state,) = (out / "work").glob("*/state.checkpoint")
+    state.write_bytes(state.read_bytes()[:-100])
+    events = []
+    summary = small_sweep(checkpoint(), str(data), str(out)).run(events.append)
+    (anew,) = (event for event in events if isinstance(event, BegunAnew))
+    assert "state.checkpoint" in anew.reason
+    assert summary.failed == []
+    assert essence(out) == essence(finished[0])
+
+
+@pytest.mark.parametrize("lanes", [0, -3, "many"])
+def test_lanes_that_cannot_be_meant_are_refused(lanes, data):
+    with pytest.raises(UsageError, match="expected 'auto' or 1 to 1024"):
+        Settings(data=data, lanes=lanes)
+
+
+def test_runs_on_a_base_that_does_not_run_packed_come_one_after_the_other(
+    checkpoint, data, tmp_path
+):
+    grid = small_grid(checkpoint("mpnet"), seeds=(0,)).only(rows=["BitFit"])
+    events = []
+    settings = Settings(data=data, lanes=3, threads=1)
+    summary = Sweep(grid, tmp_path / "out", settings).run(events.append)
+    assert (summary.failed, summary.made) == ([], 3)
+    assert all(len(e.group.runs) == 1 for e in events if isinstance(e, GroupStarted))
+
+
+def test_a_failed_run_is_said_by_the_exit_code(checkpoint, data, tmp_path, capsys):
+    grid = tmp_path / "grid.toml"
+    grid.write_text(
+        f"""
+tasks = [{{ name = "tickets", data = "tickets.csv", text = "body", label = "intent" }}]
+base = ["{checkpoint()}"]
+epochs = 1
+[[rows]]
+name = "No such layer"
+terms = "query@7"
+learning_rate = 1e-3
+"""
+    )
+    line = ["sweep", str(grid), "--data", str(data), "--out", str(tmp_path / "out"), "--json"]
+    assert run([*line, "--threads", "1", "-q"]) == 1
+    failed = json.loads(capsys.readouterr().out)["failed"]
+    assert {one["row"] for one in failed} == {"No such layer"}
 
 
 def test_lanes_are_measured_though_some_runs_cannot_be_made(checkpoint, data, tmp_path):

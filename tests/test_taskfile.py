@@ -190,23 +190,27 @@ def test_a_frozen_task_has_no_biases():
 
 
 @pytest.mark.parametrize(
-    ("task", "head"),
+    ("task", "style", "pooling", "head"),
     [
         (
-            Task(name="r", kind="regression"),
+            Task(name="r", kind="regression"), "roberta", "cls",
             {"classifier.dense.weight": (8, 8), "classifier.dense.bias": (8,),
              "classifier.out_proj.weight": (1, 8), "classifier.out_proj.bias": (1,)},
         ),
-        (Task(name="s", kind="span"), {"qa_outputs.weight": (2, 8), "qa_outputs.bias": (2,)}),
         (
-            Task(name="d", kind="multilabel", labels=("a",)),
+            Task(name="s", kind="span"), "linear", "none",
+            {"qa_outputs.weight": (2, 8), "qa_outputs.bias": (2,)},
+        ),
+        (
+            Task(name="d", kind="multilabel", labels=("a",)), "linear", "cls",
             {"pre_classifier.weight": (8, 8), "classifier.weight": (1, 8)},
         ),
     ],
 )  # fmt: skip
-def test_heads_of_every_style_are_kept(task, head):
+def test_heads_of_every_style_are_kept(task, style, pooling, head):
     tensors = {name: torch.randn(shape) for name, shape in head.items()}
-    loaded = TaskFile.from_bytes(make(task=task, head=tensors).to_bytes())
+    file = make(task=task, head=tensors, head_style=style, pooling=pooling)
+    loaded = TaskFile.from_bytes(file.to_bytes())
     assert loaded.task == task
     assert all(torch.equal(loaded.head[name], tensors[name]) for name in head)
 
@@ -307,6 +311,14 @@ def test_probes_are_dropped_from_the_last_on_where_there_is_no_room():
         ({"tokenizer": "abc"}, "tokenizer"),
         ({"method": "full"}, "method"),
         ({"pooling": ""}, "pooling"),
+        ({"pooling": "max"}, "'pooling': expected one of pooler, cls, mean"),
+        ({"pooling": "none"}, "pooling"),
+        ({"head_style": "roberta"}, "'head_style': expected one of linear"),
+        ({"calibration": {"ece_before": "low"}}, "calibration"),
+        ({"recipe": {"dev_rows": "many"}}, "a whole number as dev_rows"),
+        ({"recipe": {"train_rows": 1.5}}, "a whole number as train_rows"),
+        ({"recipe": {"rates_tried": 3}}, "a list as rates_tried"),
+        ({"recipe": {"rates_tried": [{"learning_rate": 1e-3, "score": "?"}]}}, "rates_tried"),
         ({"probes": [{"text": 1, "logits": []}]}, "probes"),
         ({"scores": {"accuracy": math.inf}}, "JSON"),
     ],

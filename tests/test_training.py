@@ -16,6 +16,7 @@ from bitfit.calibration import expected_calibration_error, fit_temperature, prob
 from bitfit.cli.scoring import trained_dtype
 from bitfit.errors import (
     BitfitError,
+    CheckpointRefused,
     DataError,
     NoBiases,
     TrainingDiverged,
@@ -26,7 +27,7 @@ from bitfit.heads import make_head
 from bitfit.tasks import Task, TextExample
 from bitfit.training import methods
 from bitfit.training.adamw import AdamW, learning_rate_at, step_size
-from bitfit.training.lane import Lane, Split
+from bitfit.training.lane import Lane, Split, choose_layout
 from bitfit.training.methods import RandomMethod, make_method, random_places
 from bitfit.training.outputs import calibrate
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
@@ -399,10 +400,10 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(open_tiny, tmp_p
     trainer = make_trainer(open_tiny(), tmp_path / "c")
     next(trainer.run())
     trainer.save()
-    with pytest.raises(BitfitError, match=r"another run: learning_rate, seed differ"):
+    with pytest.raises(CheckpointRefused, match=r"another run: learning_rate, seed differ"):
         make_trainer(open_tiny(), tmp_path / "c", seed=5, learning_rate=1e-3).resume()
     (tmp_path / "c").write_bytes(b"\x00" * 50)
-    with pytest.raises(BitfitError, match="checkpoint"):
+    with pytest.raises(CheckpointRefused, match="checkpoint"):
         make_trainer(open_tiny(), tmp_path / "c").resume()
 
 
@@ -477,11 +478,16 @@ def test_chosen_scalars_get_the_gradients_that_full_fine_tuning_gives_them(
     assert all(leaf.chosen is None for leaf in chosen.leaves.values())
 
 
-def test_random_draws_exactly_as_many_scalars_as_the_eight_terms(open_tiny):
+def test_random_draws_exactly_as_many_scalars_as_bias_tuning_trains(open_tiny):
+    """The eight terms; without b_k, which changes nothing, where the recipe leaves it out."""
     encoder = open_tiny()
-    config = TrainConfig(method="random")
-    places = random_places(encoder, make_head(MOOD, encoder), config)
-    assert sum(len(index) for index in places.values()) == 2 * (7 * 32 + 64)
+    head = make_head(MOOD, encoder)
+    paper = random_places(encoder, head, resolve_config("paper", method="random"))
+    assert sum(len(index) for index in paper.values()) == 2 * (7 * 32 + 64)
+    config = resolve_config("default", method="random")
+    places = random_places(encoder, head, config)
+    layout = choose_layout(encoder, head, resolve_config("default"))
+    assert sum(len(index) for index in places.values()) == layout.n == 2 * (6 * 32 + 64)
     again = random_places(encoder, make_head(MOOD, encoder), config)
     assert all(torch.equal(places[n], again[n]) for n in places)
     other = random_places(encoder, make_head(MOOD, encoder), config.replace(seed=1))
@@ -839,7 +845,7 @@ def test_random_saves_indices_and_values(checkpoint, tickets, tmp_path):
     tensors = load_file(out)
     names = [n.removeprefix("indices.") for n in tensors if n.startswith("indices.")]
     assert names
-    assert sum(tensors[f"indices.{n}"].numel() for n in names) == 2 * (7 * 32 + 64)
+    assert sum(tensors[f"indices.{n}"].numel() for n in names) == 2 * (6 * 32 + 64)
     with pytest.raises(BitfitError, match="not a bitfit task file"):
         bitfit.TaskFile.load(out)
 

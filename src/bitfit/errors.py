@@ -87,6 +87,10 @@ class WrongTokenizer(TaskFileError):
     """A task file made with another tokenizer than the one of this base."""
 
 
+class CheckpointRefused(BitfitError):
+    """A saved state that is damaged, or of a run with other settings or data."""
+
+
 class NotWritten(BitfitError):
     """A file that cannot be written; the message has its path and the system's reason."""
 

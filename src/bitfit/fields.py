@@ -7,7 +7,6 @@ Every function takes the document and the name of a field, and raises
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,14 +32,6 @@ def optional_text(document: Mapping[str, Any], name: str) -> str | None:
     return None if document[name] is None else text_of(document, name)
 
 
-def word(document: Mapping[str, Any], name: str) -> str:
-    """Return a lower-case word of at most 40 characters."""
-    value = text_of(document, name)
-    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", value):
-        raise wrong(name, "a lower-case word", value)
-    return value
-
-
 def choice(document: Mapping[str, Any], name: str, choices: tuple[Any, ...]) -> Any:
     """Return a value that is one of ``choices``."""
     if document[name] not in choices:
@@ -54,11 +45,6 @@ def object_of(document: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise wrong(name, "an object", value)
     return value
-
-
-def optional_object(document: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """Return a JSON object, or None where null stands."""
-    return None if document[name] is None else object_of(document, name)
 
 
 def _is_number(value: object) -> bool:
@@ -82,6 +68,35 @@ def max_length(document: Mapping[str, Any]) -> int:
     if type(value) is not int or not 1 <= value <= 1 << 20:
         raise wrong("max_length", f"a whole number from 1 to {1 << 20}", value)
     return value
+
+
+def calibration(document: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the calibration errors by name, or None where null stands."""
+    if document["calibration"] is None:
+        return None
+    found = object_of(document, "calibration")
+    for value in found.values():
+        if not _is_number(value):
+            raise wrong("calibration", "a number for each name", value)
+    return {key: float(value) for key, value in found.items()}
+
+
+def recipe(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the training; those that are read again are what they must be."""
+    found = object_of(document, "recipe")
+    for key in ("train_rows", "dev_rows"):
+        if not (found.get(key) is None or type(found[key]) is int):
+            raise wrong("recipe", f"a whole number as {key}", found[key])
+    tried = found.get("rates_tried", [])
+    if not isinstance(tried, list):
+        raise wrong("recipe", "a list as rates_tried", tried)
+    for run in tried:
+        match run:
+            case {"learning_rate": rate, "score": score} if _is_number(rate):
+                if score is None or _is_number(score):
+                    continue
+        raise wrong("recipe", "a learning_rate and a score in each of rates_tried", run)
+    return found
 
 
 def scores(document: Mapping[str, Any]) -> dict[str, float]:

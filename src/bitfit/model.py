@@ -269,6 +269,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     storage: StorageType = "fp32",
+    trust_remote_code: bool = False,
 ) -> Model:
     """Return a model with the tasks of one or several files on their common base.
 
@@ -278,6 +279,7 @@ def load(
         dtype: precision of the frozen weights: ``fp32``, ``bf16``, ``tf32``, ``auto``.
         device: ``auto``, ``cpu``, ``cuda``.
         storage: how biases are kept in memory: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+        trust_remote_code: run code that comes with the base. Only where you trust its author.
 
     Raises:
         TaskFileError: a file that is damaged, or made for another base or tokenizer.
@@ -290,7 +292,10 @@ def load(
     if base is None:
         base = loaded[0].base.name
     if isinstance(base, str):
-        base = open_encoder(base, dtype, device, revision=loaded[0].base.revision)
+        base = open_encoder(
+            base, dtype, device, revision=loaded[0].base.revision,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     model = Model(base, storage)
     for file in loaded:
         model.add(file)

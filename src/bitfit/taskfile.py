@@ -352,17 +352,17 @@ def _decode(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskF
         bias=bias,
         layout=document["layout"],
         head=head,
-        head_style=fields.word(document, "head_style"),
-        pooling=fields.word(document, "pooling"),
+        head_style=fields.choice(document, "head_style", _style_of(head)),
+        pooling=fields.choice(document, "pooling", _poolings_of(task)),
         max_length=fields.max_length(document),
         base=BaseIdentity.from_json(document["base"]),
         tokenizer=document["tokenizer"],
         method=fields.choice(document, "method", get_args(Method)),
         terms=fields.text_of(document, "terms"),
-        recipe=fields.object_of(document, "recipe"),
+        recipe=fields.recipe(document),
         scores=fields.scores(document),
         temperature=fields.number(document, "temperature", low=1e-6, high=1e6),
-        calibration=fields.optional_object(document, "calibration"),
+        calibration=fields.calibration(document),
         truncated_share=fields.number(document, "truncated_share", low=0, high=1),
         data_hash=fields.optional_text(document, "data_hash"),
         licence=fields.optional_text(document, "licence"),
@@ -414,6 +414,16 @@ def _decode_bias(tensors: Mapping[str, Tensor], layout: object, dtype: StorageTy
         if not torch.isfinite(bias).all():
             raise TaskFileError("tensor 'bias_scale' makes infinite biases")
     return bias.to(torch.float32)
+
+
+def _style_of(head: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the head styles that a head of these tensors may be said to have: one."""
+    return ("roberta" if "classifier.out_proj.weight" in head else "linear",)
+
+
+def _poolings_of(task: Task) -> tuple[str, ...]:
+    """Return what may be said of how a task's sequences become vectors."""
+    return ("none",) if task.kind in ("tokens", "span") else ("pooler", "cls", "mean")
 
 
 def _check_head(head: Mapping[str, Tensor], task: Task) -> None:

@@ -59,7 +59,7 @@ def predict(given: Mapping[str, Any]) -> None:
         source.begin()  # what is wrong with the input is said before the base is loaded
     model = open_model(
         files, given["base"], dtype=given["dtype"], device=given["device"],
-        threads=given["threads"], names=names,
+        threads=given["threads"], names=names, trust_remote_code=given["trust_remote_code"],
     )  # fmt: skip
     if style == "squad":
         return _answer_squad(model, files[0], given)

@@ -27,6 +27,7 @@ def inspect(
         typer.Option(help="Draw how far each term moved (the paper's Figure 1): .png or .svg."),
     ] = None,
     base: options.FileBase = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     dtype: options.FileDtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,

@@ -30,6 +30,7 @@ def open_model(
     device: str = "auto",
     threads: int | None = None,
     names: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Model:
     """Return a model with ``files`` on their base, under ``names`` or their own.
 
@@ -40,7 +41,10 @@ def open_model(
         torch.set_num_threads(threads)
     wanted = files[0].base
     try:
-        encoder = open_encoder(base or wanted.name, dtype, device, revision=wanted.revision)
+        encoder = open_encoder(
+            base or wanted.name, dtype, device, revision=wanted.revision,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     except BaseModelError as error:
         if base is not None:
             raise
@@ -74,8 +78,9 @@ def evaluate(given: Mapping[str, Any]) -> dict[str, Any]:
     splits, notes = _read(file, config)
     dtype = trained_dtype(file, given["dtype"], given["device"])
     model = open_model(
-        [file], given["base"], dtype=dtype, device=given["device"], threads=given["threads"]
-    )
+        [file], given["base"], dtype=dtype, device=given["device"], threads=given["threads"],
+        trust_remote_code=given["trust_remote_code"],
+    )  # fmt: skip
     scores: dict[str, float] = {}
     for split, examples in splits.items():
         more = "_mismatched" if split != given["split"] else ""

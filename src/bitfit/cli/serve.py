@@ -81,6 +81,7 @@ def serve(
         float, _option(LIMITS, "Time for what was accepted when told to stop.", min=0)
     ] = 30.0,
     revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -156,6 +157,7 @@ def _serve_here(given: Mapping[str, Any], config: Any, keys: Any, listener: Any)
     service = open_service(
         given["base"], config, storage=given["storage"], max_resident=given["max_resident"],
         dtype=given["dtype"], device=given["device"], revision=given["revision"],
+        trust_remote_code=given["trust_remote_code"],
     )  # fmt: skip
     _serve(given, service, config, keys, listener)
 
@@ -176,7 +178,8 @@ def _serve_replicas(given: Mapping[str, Any], config: Any, keys: Any, listener: 
         # The front says when to look: all look at one time.
         config=replace(config, watch_seconds=0.0),
         storage=given["storage"], max_resident=given["max_resident"], dtype=given["dtype"],
-        device=given["device"], revision=given["revision"], versions=versions(),
+        device=given["device"], revision=given["revision"],
+        trust_remote_code=given["trust_remote_code"], versions=versions(),
         threads=given["threads"] or max(1, (os.cpu_count() or 1) // count),
     )  # fmt: skip
     # Until the server has a way of its own to stop: as Ctrl-C, so that the cluster ends too.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.progress import Progress
 
 from bitfit.cli import console, options
@@ -19,6 +20,7 @@ from bitfit.encoder import open_encoder
 from bitfit.errors import DataError, UsageError
 from bitfit.experiments.answers import restore_answers
 from bitfit.experiments.dry_run import dry_run as plan_sweep
+from bitfit.experiments.execute import BegunAnew
 from bitfit.experiments.executor import WorkerLost
 from bitfit.experiments.grid import Grid, builtin_grid, builtin_grids, read_grid
 from bitfit.experiments.report.write import write_report
@@ -96,7 +98,11 @@ def _own_part(given: Mapping[str, Any], grid: Grid) -> dict[str, Any] | None:
 def run_grids(
     orders: Sequence[Ordered], given: Mapping[str, Any], *, dry_run: bool, as_json: bool
 ) -> None:
-    """Run grids one after the other, or show what they would do; then report on each."""
+    """Run grids one after the other, or show what they would do; then report on each.
+
+    Raises:
+        typer.Exit: runs failed: the exit code is 1.
+    """
     found = []
     planned: set[str] = set()
     began = time.monotonic()
@@ -124,6 +130,8 @@ def run_grids(
         raise DataError("; ".join(one["error"] for one in found))
     if as_json:
         console.print_json(found[0] if len(found) == 1 else found)
+    if any(one.get("failed") for one in found):  # they are listed, and whoever waits is told too
+        raise typer.Exit(1)
 
 
 def _with_time_left(order: Ordered, seconds: float) -> Ordered:
@@ -270,6 +278,9 @@ class Watch:
             self._finished(event)
         elif isinstance(event, LaneDropped):
             self._say(f"{event.lane.label} is given up: {event.reason}")
+        elif isinstance(event, BegunAnew):
+            first = event.group.runs[0]
+            self._say(f"{first} begins again, as its state cannot be used: {event.reason}")
         elif isinstance(event, WorkerLost):
             what = "tried again" if event.again else "given up"
             self._say(f"the worker of {event.group.runs[0]} was lost, {what}: {event.reason}")

@@ -75,8 +75,9 @@ def check_probes(file: TaskFile, given: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{given['file']}: holds no probes, so there is nothing to check against")
     dtype = trained_dtype(file, given["dtype"], given["device"])
     model = open_model(
-        [file], given["base"], dtype=dtype, device=given["device"], threads=given["threads"]
-    )
+        [file], given["base"], dtype=dtype, device=given["device"], threads=given["threads"],
+        trust_remote_code=given["trust_remote_code"],
+    )  # fmt: skip
     is_rounded = model.encoder.computes_in != "float32" or file.dtype != "fp32"
     is_rounded = is_rounded or file.recipe.get("dtype") not in (None, "float32")
     tolerance = TOLERANCES["bf16" if is_rounded else "fp32"]

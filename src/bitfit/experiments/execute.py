@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -16,7 +16,13 @@ from bitfit.bench.memory import give_back, is_known, read_peak, start_peak
 from bitfit.bench.timing import describe_versions
 from bitfit.comparison import bias_change
 from bitfit.doctor import cpu_name
-from bitfit.errors import BitfitError, NotWritten, TrainingDiverged, TrainingInterrupted
+from bitfit.errors import (
+    BitfitError,
+    CheckpointRefused,
+    NotWritten,
+    TrainingDiverged,
+    TrainingInterrupted,
+)
 from bitfit.experiments.conditions import Conditions
 from bitfit.experiments.material import Material
 from bitfit.experiments.runs import Run, command_of, data_config
@@ -32,8 +38,6 @@ from bitfit.training.outputs import make_task_file
 from bitfit.training.settings import ROW_METHODS
 from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer
 
-Event = StepDone | EpochDone | LaneDropped
-
 
 @dataclass(frozen=True)
 class Group:
@@ -43,6 +47,17 @@ class Group:
     runs: Sequence[Run]
     lanes: int
     """How many of them side by side."""
+
+
+@dataclass(frozen=True)
+class BegunAnew:
+    """A group was begun before, and what was saved of it is of no use here."""
+
+    group: Group
+    reason: str
+
+
+Event: TypeAlias = StepDone | EpochDone | LaneDropped | BegunAnew
 
 
 def run_group(
@@ -130,13 +145,25 @@ class _Work:
         before = start_peak(device) if is_known(device) else None
         trainer.method.install()
         try:
-            trainer.resume()
+            self._resume(on_event)
             self._train(on_event, should_stop)
             if before is not None:
                 self.peak = max(0, read_peak(device) - before)
             return {run_id: self._result(run_id, lane) for run_id, lane in self.lanes.items()}
         finally:
             trainer.method.uninstall()
+
+    def _resume(self, on_event: Callable[[Event], None] | None) -> None:
+        """Go on from the group's checkpoint; where it cannot be used, from the start.
+
+        The runs are the same: it is damaged, or of a machine that computes in another way.
+        """
+        try:
+            self.trainer.resume()
+        except CheckpointRefused as error:
+            self.trainer.set_aside_checkpoint()
+            if on_event is not None:
+                on_event(BegunAnew(self.group, str(error)))
 
     def _train(
         self,

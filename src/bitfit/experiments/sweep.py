@@ -35,6 +35,7 @@ from bitfit.experiments.store import STALE_SECONDS, Claim, Result, Store
 from bitfit.precision import choose_place
 from bitfit.training.lane import Lane
 from bitfit.training.lane_count import choose_lane_count
+from bitfit.training.plan import check_lanes
 
 # How long to wait before looking again whether another process has finished its group.
 _WAIT_SECONDS = 5.0
@@ -113,7 +114,11 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a sweep runs; nothing here is part of a run's id, but the precision."""
+    """How a sweep runs; nothing here is part of a run's id, but the precision.
+
+    Raises:
+        UsageError: ``lanes`` is neither ``auto`` nor a number of them.
+    """
 
     data: Path
     """The data directory: GLUE's, or one that holds ``glue_data``, ``squad``, ``ud_ewt``."""
@@ -140,6 +145,9 @@ class Settings:
     """Leave out tasks whose data is not there, in place of refusing."""
     ray: str | None = None
     """Train on a Ray cluster: ``local``, ``auto`` or its address; None: in this process."""
+
+    def __post_init__(self) -> None:
+        check_lanes(self.lanes)
 
 
 class Sweep:
@@ -354,6 +362,8 @@ class Sweep:
 
     def _lanes_for(self, runs: Sequence[Run], material: Material) -> int:
         """Return how many runs of a task are trained side by side; measured once, and recorded."""
+        if not material.encoder.shares_passes:
+            return 1  # whatever was asked for: this base does not run packed
         if self.settings.lanes != "auto":
             return int(self.settings.lanes)
         key = "/".join(str(part) for part in (runs[0].base, *runs[0].material[:2]) if part)

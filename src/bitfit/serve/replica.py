@@ -38,6 +38,7 @@ class Job:
     dtype: str = "auto"
     device: str = "auto"
     revision: str | None = None
+    trust_remote_code: bool = False
     threads: int = 1
     versions: tuple[tuple[str, str | None], ...]
     """Of the packages that answers depend on, at the front."""
@@ -119,6 +120,7 @@ class Replica:
         return open_service(
             job.base, job.config, storage=job.storage, max_resident=job.max_resident,
             dtype=job.dtype, device=job.device, revision=job.revision,
+            trust_remote_code=job.trust_remote_code,
         )  # fmt: skip
 
     async def stay(self) -> Reply:

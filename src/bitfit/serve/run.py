@@ -37,6 +37,7 @@ def open_service(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Service:
     """Return a service on ``base``, its tasks not yet loaded: ``start`` does that.
 
@@ -48,6 +49,7 @@ def open_service(
         dtype: precision of the frozen weights.
         device: where it runs.
         revision: branch, tag or commit of the base on the hub.
+        trust_remote_code: run code that comes with the base. Only where you trust its author.
 
     Raises:
         BaseModelError: the base cannot be loaded.
@@ -58,7 +60,9 @@ def open_service(
     if folder is not None:
         _check_folder(folder)
     if isinstance(base, str):
-        base = open_encoder(base, dtype, device, revision=revision)
+        base = open_encoder(
+            base, dtype, device, revision=revision, trust_remote_code=trust_remote_code
+        )
     shelf = Shelf(base, storage=storage, max_resident=max_resident)
     engine = Engine(shelf, max_tokens=config.max_tokens)
     uploads = None if folder is None else Uploads(folder)

@@ -235,6 +235,15 @@ class Lane:
         return torch.tensor(weights, dtype=torch.float32, device=self.device)
 
 
+def trained_sites(encoder: Encoder, config: TrainConfig) -> tuple[Site, ...]:
+    """Return the biases that ``config.terms`` names, without those that change nothing.
+
+    The paper's recipe has them all.
+    """
+    inert = () if config.recipe == "paper" else encoder.inert_terms
+    return choose_sites(encoder.sites, config.terms, inert=inert)
+
+
 def choose_layout(encoder: Encoder, head: Head, config: TrainConfig) -> Layout:
     """Return the biases that a run of ``config`` trains; empty for all methods but ``bitfit``.
 
@@ -245,8 +254,7 @@ def choose_layout(encoder: Encoder, head: Head, config: TrainConfig) -> Layout:
     """
     if config.method != "bitfit":
         return Layout(())
-    inert = () if config.recipe == "paper" else encoder.inert_terms
-    sites = choose_sites(encoder.sites, config.terms, inert=inert)
+    sites = trained_sites(encoder, config)
     if head.pooling != "pooler":
         sites = _without_pooler(sites, config.terms, head)
     if not sites:

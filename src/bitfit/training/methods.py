@@ -21,9 +21,8 @@ from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
 from bitfit.heads import Head
 from bitfit.leaves import BankedLinear, ChosenScalars
-from bitfit.terms import choose_sites
 from bitfit.training.adapters import AdapterMethod
-from bitfit.training.lane import Lane
+from bitfit.training.lane import Lane, trained_sites
 from bitfit.training.settings import PEFT_METHODS, ROW_METHODS, TrainConfig
 from bitfit.training.settings import Method as MethodName
 from bitfit.training.single import Numbers, SingleRun, init_std
@@ -359,16 +358,15 @@ def random_places(encoder: Encoder, head: Head, config: TrainConfig) -> dict[str
 
     Each in rising order, and once.
 
-    ``random`` draws as many scalars as Table 4's eight terms have, uniformly from the whole model
-    without replacement. ``released:random`` draws a quota per tensor with replacement, as the
-    released code does; ``released:row_col`` takes per matrix one random column, or as many random
-    rows as hold the bias' length (Ben Zaken et al. 2022, Table 3, "rand 100k"; the printed ACL
-    version has the second).
+    ``random`` draws as many scalars as bias tuning trains of ``config.terms``, uniformly from the
+    whole model without replacement. ``released:random`` draws a quota per tensor with replacement,
+    as the released code does; ``released:row_col`` takes per matrix one random column, or as many
+    random rows as hold the bias' length (Ben Zaken et al. 2022, Table 3, "rand 100k"; the printed
+    ACL version has the second).
     """
     parameters = encoder_parameters(encoder, head)
     random = np.random.default_rng((config.seed, 1))
-    sites = choose_sites(encoder.sites, config.terms)
-    count = sum(site.length for site in sites)
+    count = sum(site.length for site in trained_sites(encoder, config))
     if config.method == "random":
         chosen = _draw_exact(random, {k: p.numel() for k, p in parameters.items()}, count)
     elif config.method == "released:random":

@@ -24,7 +24,7 @@ from torch import Tensor
 from bitfit.batches import Batch, pack
 from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.encoder import Encoder
-from bitfit.errors import BitfitError, TrainingDiverged
+from bitfit.errors import CheckpointRefused, TrainingDiverged
 from bitfit.fused_dropout import FusedDropout, has_kernels
 from bitfit.heads import logits_shape, read_predictions
 from bitfit.inference import Logits, TaskHead, compute_logits
@@ -372,7 +372,8 @@ class Trainer:
         """Go on from the checkpoint where there is one; return whether there was.
 
         Raises:
-            BitfitError: the checkpoint is damaged, or of runs with other settings or data.
+            CheckpointRefused: it is damaged, or of runs with other settings or data; nothing of it
+                was taken.
         """
         if self.checkpoint is None or not self.checkpoint.exists():
             return False
@@ -380,7 +381,7 @@ class Trainer:
         mine, its = self.identity, note["identity"]
         differs = [key for key in mine | its if mine.get(key) != its.get(key)]
         if differs:
-            raise BitfitError(
+            raise CheckpointRefused(
                 f"{self.checkpoint} is of another run: {', '.join(differs)} differ(s). Repeat the "
                 "command as it was, or delete the file to start anew"
             )
@@ -441,7 +442,7 @@ def recorded_conditions(checkpoint: Path | None) -> dict[str, Any]:
     """Return what a checkpoint's run depended on (``dtype``, ``threads``, ...); empty without one.
 
     Raises:
-        BitfitError: the checkpoint is damaged.
+        CheckpointRefused: the checkpoint is damaged.
     """
     if checkpoint is None or not checkpoint.exists():
         return {}
@@ -450,12 +451,16 @@ def recorded_conditions(checkpoint: Path | None) -> dict[str, Any]:
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, text = unpack_safetensors(
-        path.read_bytes(), CHECKPOINT_KEY, source=str(path), what="checkpoint", error=BitfitError
-    )
+        path.read_bytes(), CHECKPOINT_KEY, source=str(path), what="checkpoint",
+        max_header=_MAX_HEADER, error=CheckpointRefused,
+    )  # fmt: skip
     return tensors, json.loads(text)
 
 
 CHECKPOINT_KEY = "bitfit_checkpoint"
+# The header holds every epoch of every lane, some 150 bytes each: 1,024 lanes of 100 epochs, and
+# far less than the tensors behind it.
+_MAX_HEADER = 64 << 20
 
 
 def score_logits(task: Task, split: Split, logits: Sequence[Logits]) -> dict[str, float]:
