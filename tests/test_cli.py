@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import typer
 import bitfit
 from bitfit import DataConfig, cli
 from bitfit.cli import app, console, options, training
-from bitfit.errors import BaseModelError, UsageError
+from bitfit.errors import BaseModelError, DataError, UsageError
 from bitfit.jsonable import jsonable
 from bitfit.training.finetune import RunStarted
 
@@ -719,6 +720,55 @@ def test_inspect_shows_checks_and_draws(
         assert expected in out
 
 
+def test_what_the_loop_of_someone_else_says_of_its_training_is_shown_as_it_stands(
+    run: Run, trained: tuple[Path, dict[str, Any], Path], tmp_path: Path, base: str
+) -> None:
+    path, _, data = trained
+    odd = {"dev_rows": "many", "train_rows": "all", "rates_tried": [1e-3, {"learning_rate": "x"}]}
+    file = replace(bitfit.TaskFile.load(path), recipe=odd, temperature=None, calibration=None)
+    out = tmp_path / "odd.bitfit.safetensors"
+    file.save(out)
+    code, text, err = run("inspect", out)
+    assert (code, err) == (0, "")
+    assert "rates tried" in text
+    columns = ["--data", data, "--text", "body", "--label", "mood"]
+    assert run("eval", out, "--base", base, *columns)[0] == 0
+
+
+def test_remote_code_is_that_of_a_base_that_was_named(
+    run: Run, trained: tuple[Path, dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch,
+    base: str,
+) -> None:  # fmt: skip
+    from bitfit import model
+    from bitfit.cli import scoring
+    from bitfit.serve import run as serving
+
+    path, _, data = trained
+    columns = ["--data", data, "--text", "body", "--label", "mood"]
+    commands = (["eval", path, *columns], ["predict", path, "x"], ["inspect", path, "--check"])
+    trusted = []
+
+    def open_encoder(*_: object, trust_remote_code: bool = False, **__: object) -> None:
+        trusted.append(trust_remote_code)
+        raise BaseModelError("enough")
+
+    for module in (scoring, model, serving):
+        monkeypatch.setattr(module, "open_encoder", open_encoder)
+    for command in commands:
+        code, _, err = run(*command, "--trust-remote-code")
+        assert (code, trusted) == (2, [])
+        assert "say which with --base" in err
+    with pytest.raises(UsageError, match="name it"):
+        bitfit.load(path, trust_remote_code=True)
+    for command in commands:
+        assert run(*command, "--trust-remote-code", "--base", base)[0] == 1
+        assert run(*command, "--base", base)[0] == 1
+    assert run("serve", "--port", 0, "--base", base, "--trust-remote-code")[0] == 1
+    with pytest.raises(BaseModelError):
+        bitfit.load(path, base, trust_remote_code=True)
+    assert trusted == [True, False] * 3 + [True, True]
+
+
 def test_inspect_check_fails_where_answers_differ(
     trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
 ) -> None:
@@ -1191,6 +1241,35 @@ def test_the_budget_is_for_all_experiments_together(
     orders = [sweeping.Ordered(grid, tmp_path / grid.name, settings) for grid in grids]
     sweeping.run_grids(orders, {"ray": None}, dry_run=False, as_json=False)
     assert budgets == [60.0, 20.0, -20.0]  # what begins too late finds nothing that fits
+
+
+def test_a_failed_run_and_missing_data_of_several_experiments_are_both_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bitfit.cli import sweeping
+
+    def fail_or_lack(order: sweeping.Ordered, *_: object, **__: object) -> dict[str, Any]:
+        if order.grid.name == "pos":
+            raise DataError("ptb: not there")
+        return {"name": order.grid.name, "failed": [{"row": "BitFit"}] * (order.grid.name == "gap")}
+
+    monkeypatch.setattr(sweeping, "_run", fail_or_lack)
+    settings = sweeping.Settings(data=tmp_path)
+
+    def reproduce(*names: str) -> Any:
+        grids = [sweeping.builtin_grid(name) for name in names]
+        orders = [sweeping.Ordered(grid, tmp_path / grid.name, settings) for grid in grids]
+        sweeping.run_grids(orders, {"ray": None, "name": "all"}, dry_run=False, as_json=True)
+
+    with pytest.raises(typer.Exit) as end:
+        reproduce("table3", "gap", "pos")
+    assert end.value.exit_code == 1
+    table3, gap, pos = json.loads(capsys.readouterr().out)
+    assert (table3["failed"], len(gap["failed"]), pos["error"]) == ([], 1, "ptb: not there")
+    reproduce("table3", "pos")  # what is not there is no failure
+    reproduce("table3")
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(json.loads(line)) for line in lines] == [2, 1]  # a list, of one too
 
 
 def test_reproduce_all_takes_of_the_options_what_each_experiment_has(tmp_path: Path) -> None:

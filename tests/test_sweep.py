@@ -37,9 +37,10 @@ from bitfit.experiments.report.write import write_report
 from bitfit.experiments.store import Store
 from bitfit.experiments.sweep import GroupFinished, GroupStarted, Planned, Settings, Sweep, Waiting
 from bitfit.metrics import compute_metrics
+from bitfit.storage import pack_safetensors, unpack_safetensors
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import references
-from bitfit.training.train import StepDone
+from bitfit.training.train import CHECKPOINT_KEY, StepDone
 
 SECONDS = 600  # far more than it takes on a busy machine: what hangs fails
 
@@ -272,8 +273,52 @@ def test_a_full_disk_stops_the_sweep_and_fails_no_run(checkpoint, data, tmp_path
     assert (summary.failed, summary.made) == ([], 6)
 
 
+def cut_off(data):
+    return data[:-100]
+
+
+def changed(change):
+    """A change of what a state says of its runs, in its file's bytes."""
+
+    def changed_bytes(data):
+        tensors, text = unpack_safetensors(data, CHECKPOINT_KEY)
+        note = json.loads(text)
+        change(note, tensors)
+        return pack_safetensors(tensors, CHECKPOINT_KEY, json.dumps(note))
+
+    return changed_bytes
+
+
+def of_another_machine(note, tensors):
+    note["identity"]["masks"] = "kernels"
+
+
+def of_another_version(note, tensors):
+    note["progress"][0]["unheard_of"] = 1
+
+
+def without_what_it_says(note, tensors):
+    note.clear()
+
+
+def without_a_tensor(note, tensors):
+    del tensors["mean.0"]
+
+
+def with_other_sizes(note, tensors):
+    tensors["trained.0"] = tensors["trained.0"][:-1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_off, changed(of_another_machine), changed(of_another_version),
+        changed(without_what_it_says), changed(without_a_tensor), changed(with_other_sizes),
+    ],
+    ids=["cut", "machine", "version", "note", "tensor", "size"],
+)  # fmt: skip
 def test_a_state_that_cannot_be_used_is_left_and_its_group_begins_again(
-    finished, checkpoint, data, tmp_path
+    damage, finished, checkpoint, data, tmp_path
 ):
     """Damaged, say, or of a machine that computes in another way: no run fails by that."""
     out = tmp_path / "out"
@@ -281,13 +326,24 @@ def test_a_state_that_cannot_be_used_is_left_and_its_group_begins_again(
     with pytest.raises(TrainingInterrupted):
         small_sweep(checkpoint(), str(data), str(out)).run(None, lambda: next(stop_after))
     (state,) = (out / "work").glob("*/state.checkpoint")
-    state.write_bytes(state.read_bytes()[:-100])
-    events = []
-    summary = small_sweep(checkpoint(), str(data), str(out)).run(events.append)
-    (anew,) = (event for event in events if isinstance(event, BegunAnew))
-    assert "state.checkpoint" in anew.reason
+    state.write_bytes(damage(state.read_bytes()))
+    said = []
+
+    def watch(event):
+        if isinstance(event, BegunAnew):
+            said.append((event.reason, state.with_name("state.checkpoint.old").exists()))
+
+    sweep = small_sweep(checkpoint(), str(data), str(out), budget_seconds=100.0)
+    sweep._fits = lambda group, clock: not said  # the group that was begun is enough
+    summary = sweep.run(watch)
+    ((reason, is_kept),) = said
+    assert "state.checkpoint" in reason
+    assert is_kept
     assert summary.failed == []
-    assert essence(out) == essence(finished[0])
+    whole = essence(finished[0])
+    made = Store(out).finished()
+    assert made
+    assert all(essence(out)[run_id] == whole[run_id] for run_id in made)
 
 
 @pytest.mark.parametrize("lanes", [0, -3, "many"])
@@ -311,19 +367,30 @@ def test_a_failed_run_is_said_by_the_exit_code(checkpoint, data, tmp_path, capsy
     grid = tmp_path / "grid.toml"
     grid.write_text(
         f"""
-tasks = [{{ name = "tickets", data = "tickets.csv", text = "body", label = "intent" }}]
+tasks = [
+  {{ name = "tickets", data = "tickets.csv", text = "body", label = "intent" }},
+  {{ name = "odd", data = "tickets.csv", text = "body", label = "intent", terms = "query@7" }},
+]
 base = ["{checkpoint()}"]
 epochs = 1
+seeds = [0]
 [[rows]]
-name = "No such layer"
-terms = "query@7"
+name = "BitFit"
 learning_rate = 1e-3
 """
     )
-    line = ["sweep", str(grid), "--data", str(data), "--out", str(tmp_path / "out"), "--json"]
-    assert run([*line, "--threads", "1", "-q"]) == 1
-    failed = json.loads(capsys.readouterr().out)["failed"]
-    assert {one["row"] for one in failed} == {"No such layer"}
+    line = [
+        "sweep", str(grid), "--data", str(data), "--out", str(tmp_path / "out"), "--json",
+        "--threads", "1", "-q",
+    ]  # fmt: skip
+    assert run(line) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (len(report["failed"]), report["done"]) == (1, 1)
+    assert "query@7" in report["failed"][0]["error"]
+    # What failed of another task is none of the failures of this command.
+    assert run([*line, "--resume", "--tasks", "tickets"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["failed"], report["done"], report["made"]) == ([], 1, 0)
 
 
 def test_lanes_are_measured_though_some_runs_cannot_be_made(checkpoint, data, tmp_path):
@@ -588,14 +655,17 @@ def test_a_budget_leaves_out_what_does_not_fit_and_says_so(checkpoint, data, tmp
 def test_within_a_budget_the_most_telling_runs_are_made_and_the_order_is_kept(
     checkpoint, data, tmp_path, monkeypatch
 ):
-    """What is too long is left out, and what it alone holds up; shorter ones behind it are made."""
+    """What is too long is left out with its repeats; shorter ones behind it are made."""
     seconds = {"bitfit": 10.0, "frozen": 10.0, "full": 1000.0}
     monkeypatch.setattr(
         Clock, "seconds", lambda clock, group: seconds[group.runs[0].config.method]
     )  # fmt: skip
     events = []
+    grid = small_grid(checkpoint())
+    full = replace(grid.rows[2], learning_rate=(1e-3, 1e-4))
+    grid = replace(grid, rows=(full, *grid.rows[:2]))
     settings = Settings(data=data, threads=1, lanes=1, budget_seconds=900.0)
-    summary = Sweep(small_grid(checkpoint()), tmp_path / "out", settings).run(events.append)
+    summary = Sweep(grid, tmp_path / "out", settings).run(events.append)
     made = [
         (run.row.name, run.config.seed)
         for event in events if isinstance(event, GroupStarted) for run in event.group.runs
@@ -605,8 +675,8 @@ def test_within_a_budget_the_most_telling_runs_are_made_and_the_order_is_kept(
     assert seeds == sorted(seeds)
     assert set(seeds) == {1, 2}
     assert summary.left_out == [
-        "Full-FT on tickets, rate 0.001, seed 0", "Full-FT on tickets, rate 0.001, seed 1",
-        "Full-FT on tickets, rate 0.001, seed 2",
+        "Full-FT on tickets, rate 0.0001, seed 0", "Full-FT on tickets, rate 0.001, seed 0",
+        "Full-FT on tickets, the best rate, seed 1", "Full-FT on tickets, the best rate, seed 2",
     ]  # fmt: skip
 
 

@@ -407,6 +407,18 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(open_tiny, tmp_p
         make_trainer(open_tiny(), tmp_path / "c").resume()
 
 
+def test_a_state_of_thousands_of_epochs_is_read_back(open_tiny, tmp_path):
+    """More in its header than a task file may have."""
+    trainer = make_trainer(open_tiny(), tmp_path / "c")
+    next(trainer.run())
+    epoch = {"epoch": 1, "train_loss": 0.6908991019695233, "dev": {"accuracy": 0.5740072202166066}}
+    trainer.lanes[0].progress.history = [epoch] * 20_000
+    trainer.save()
+    again = make_trainer(open_tiny(), tmp_path / "c")
+    assert again.resume()
+    assert len(again.lanes[0].progress.history) == 20_000
+
+
 def test_full_trains_a_copy_and_gives_the_base_back(open_tiny, checkpoint):
     encoder = open_tiny()
     trainer = make_trainer(encoder, method="full", learning_rate=1e-3)
@@ -488,6 +500,12 @@ def test_random_draws_exactly_as_many_scalars_as_bias_tuning_trains(open_tiny):
     places = random_places(encoder, head, config)
     layout = choose_layout(encoder, head, resolve_config("default"))
     assert sum(len(index) for index in places.values()) == layout.n == 2 * (6 * 32 + 64)
+    # With a pooler that no head reads here: bias tuning leaves it out too.
+    own = {"terms": "released:query", "pooling": "mean"}
+    head = make_head(MOOD, encoder, "mean")
+    places_of_query = random_places(encoder, head, resolve_config("paper", method="random", **own))
+    layout = choose_layout(encoder, head, resolve_config("paper", **own))
+    assert sum(len(index) for index in places_of_query.values()) == layout.n > 0
     again = random_places(encoder, make_head(MOOD, encoder), config)
     assert all(torch.equal(places[n], again[n]) for n in places)
     other = random_places(encoder, make_head(MOOD, encoder), config.replace(seed=1))

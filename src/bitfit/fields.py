@@ -81,24 +81,6 @@ def calibration(document: Mapping[str, Any]) -> dict[str, float] | None:
     return {key: float(value) for key, value in found.items()}
 
 
-def recipe(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the training; those that are read again are what they must be."""
-    found = object_of(document, "recipe")
-    for key in ("train_rows", "dev_rows"):
-        if not (found.get(key) is None or type(found[key]) is int):
-            raise wrong("recipe", f"a whole number as {key}", found[key])
-    tried = found.get("rates_tried", [])
-    if not isinstance(tried, list):
-        raise wrong("recipe", "a list as rates_tried", tried)
-    for run in tried:
-        match run:
-            case {"learning_rate": rate, "score": score} if _is_number(rate):
-                if score is None or _is_number(score):
-                    continue
-        raise wrong("recipe", "a learning_rate and a score in each of rates_tried", run)
-    return found
-
-
 def scores(document: Mapping[str, Any]) -> dict[str, float]:
     """Return the scores by metric, NaN where null stands."""
     found = object_of(document, "scores")

@@ -279,15 +279,18 @@ def load(
         dtype: precision of the frozen weights: ``fp32``, ``bf16``, ``tf32``, ``auto``.
         device: ``auto``, ``cpu``, ``cuda``.
         storage: how biases are kept in memory: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
-        trust_remote_code: run code that comes with the base. Only where you trust its author.
+        trust_remote_code: run code that comes with ``base``, which must then be named: not the
+            author of a file says whose code runs. Only where you trust the author of the base.
 
     Raises:
         TaskFileError: a file that is damaged, or made for another base or tokenizer.
-        UsageError: two tasks of one name.
+        UsageError: two tasks of one name; remote code without a ``base``.
     """
     paths = [files] if isinstance(files, str | Path) else list(files)
     if not paths:
         raise UsageError("no task file was given")
+    if trust_remote_code and base is None:
+        raise UsageError("trust_remote_code runs code of the base: name it, as load(files, base)")
     loaded = [TaskFile.load(path) for path in paths]
     if base is None:
         base = loaded[0].base.name

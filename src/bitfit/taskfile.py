@@ -359,7 +359,7 @@ def _decode(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskF
         tokenizer=document["tokenizer"],
         method=fields.choice(document, "method", get_args(Method)),
         terms=fields.text_of(document, "terms"),
-        recipe=fields.recipe(document),
+        recipe=fields.object_of(document, "recipe"),
         scores=fields.scores(document),
         temperature=fields.number(document, "temperature", low=1e-6, high=1e6),
         calibration=fields.calibration(document),

@@ -268,7 +268,7 @@ Keep: TypeAlias = Annotated[
 Patience: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        help="Stop after so many epochs without a better dev score; 0: never.",
+        help="Stop after so many epochs without a dev score as good as the best; 0: never.",
         rich_help_panel=TRAINING,
     ),
 ]

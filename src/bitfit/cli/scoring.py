@@ -36,7 +36,13 @@ def open_model(
 
     Raises:
         BaseModelError: the base cannot be loaded; says how to name it.
+        UsageError: remote code is trusted, and a file would say whose.
     """
+    if trust_remote_code and base is None:
+        raise UsageError(
+            "--trust-remote-code runs code of the base: say which with --base, for the name in a "
+            "task file is its author's choice"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     wanted = files[0].base
@@ -153,7 +159,8 @@ def _held_out(
     if config.dev_fraction == 0:
         return None
     rest, held = hold_out(examples, config.dev_fraction, config.seed)
-    kept = take_limit(rest, int(file.recipe.get("train_rows") or len(rest)), config.seed)
+    rows = file.recipe.get("train_rows")  # as whoever wrote the file has it
+    kept = take_limit(rest, rows if isinstance(rows, int) and rows > 0 else len(rest), config.seed)
     return held if held and dataset_hash(kept) == file.data_hash else None
 
 

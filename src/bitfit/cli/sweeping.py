@@ -129,7 +129,7 @@ def run_grids(
     if found and all("error" in one for one in found):
         raise DataError("; ".join(one["error"] for one in found))
     if as_json:
-        console.print_json(found[0] if len(found) == 1 else found)
+        console.print_json(found if given.get("name") == "all" else found[0])
     if any(one.get("failed") for one in found):  # they are listed, and whoever waits is told too
         raise typer.Exit(1)
 

@@ -115,7 +115,8 @@ def show_file(report: Mapping[str, Any]) -> None:
         "cut texts": None if cut is None else f"{cut:.1%} of the training texts",
         "trained data": None if report["data_hash"] is None else f"{report['data_hash'][:12]}…",
         "calibration": calibration_line(
-            task["kind"], report["temperature"], report["calibration"], recipe.get("dev_rows")
+            task["kind"], report["temperature"], report["calibration"],
+            rows if isinstance(rows := recipe.get("dev_rows"), int) else None,
         ),
         "made by": f"bitfit {report['package_version']}",
     })  # fmt: skip
@@ -125,10 +126,7 @@ def show_file(report: Mapping[str, Any]) -> None:
     console.print_facts("\nrecipe", {
         "method": f"{report['method']}, terms {report['terms']}",
         "settings": ", ".join(f"{k} {_plain(v)}" for k, v in shown.items()) or None,
-        "rates tried": ", ".join(
-            f"{r['learning_rate']:g}: {console.number(r['score'])}"
-            for r in recipe.get("rates_tried", [])
-        ) or None,
+        "rates tried": _rates_tried(recipe.get("rates_tried")),
     })  # fmt: skip
     _show_biases(report)
     _show_check(report["check"])
@@ -141,6 +139,18 @@ def _scores(report: Mapping[str, Any]) -> str:
     first = report["task"]["metrics"][0]
     ordered = sorted(report["scores"].items(), key=lambda item: item[0] != first)
     return ", ".join(f"{name} {console.number(value)}" for name, value in ordered)
+
+
+def _rates_tried(found: Any) -> str | None:
+    """Return the rates with their scores; of a file of someone's own loop whatever stands there."""
+    lines = []
+    for run in found if isinstance(found, list) else ():
+        match run:
+            case {"learning_rate": float(rate), "score": None | float() as score}:
+                lines.append(f"{rate:g}: {console.number(score)}")
+            case _:
+                lines.append(str(run))
+    return ", ".join(lines) or None
 
 
 def _plain(value: Any) -> str:

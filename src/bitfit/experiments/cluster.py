@@ -26,7 +26,7 @@ from bitfit.cluster import import_ray
 from bitfit.encoder import open_encoder
 from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
 from bitfit.experiments.conditions import Conditions
-from bitfit.experiments.execute import Group, failed_results, run_group
+from bitfit.experiments.execute import BegunAnew, Event, Group, failed_results, run_group
 from bitfit.experiments.executor import Outcome, WorkerLost
 from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.runs import command_of
@@ -97,7 +97,7 @@ class RayExecutor:
         self,
         job: Job,
         material: Material,
-        tell: Callable[[WorkerLost], None],
+        tell: Callable[[WorkerLost | BegunAnew], None],
         should_stop: Callable[[], bool] | None,
         ahead: int = AHEAD,
     ) -> None:
@@ -171,7 +171,7 @@ class RayExecutor:
         """Return what a group left; None: it was sent again."""
         sent, errors = self._flight.pop(ref), self.ray.exceptions
         try:
-            results, seconds = self.ray.get(ref)
+            results, seconds, unusable = self.ray.get(ref)
         except errors.RayTaskError as error:  # raised by our function over there
             cause = error.cause
             if isinstance(cause, BitfitError):
@@ -183,6 +183,8 @@ class RayExecutor:
             ) from error
         except errors.RayError as error:  # its process is no more, or its machine
             return self._lost(sent, error)
+        for reason in unusable:
+            self.tell(BegunAnew(sent.group, reason))
         return Outcome(sent.group, [self._own(result, sent) for result in results], seconds)
 
     def _lost(self, sent: _Sent, error: Exception) -> Outcome | None:
@@ -219,26 +221,35 @@ class RayExecutor:
 _open: dict[tuple[Any, ...], Material] = {}
 
 
-def train_group(job: Job, group: Group) -> tuple[list[Result], float]:
-    """Train a group in a worker process, and return what its runs left and how long it took.
+def train_group(job: Job, group: Group) -> tuple[list[Result], float, list[str]]:
+    """Train a group in a worker process.
+
+    Returns:
+        What its runs left, how long it took, and why a state that was there could not be used.
 
     Raises:
         BitfitError: this machine cannot: other versions, another base or other data than the
             driver's, or none.
     """
     began = time.perf_counter()
+    unusable: list[str] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, BegunAnew):
+            unusable.append(event.reason)
+
     try:
         _check_versions(job)
         torch.set_num_threads(job.conditions.threads)
         material = _material(job)
         _check_facts(group, material)
         with _place(job, group) as store:
-            results = run_group(group, material, store, job.conditions)
+            results = run_group(group, material, store, job.conditions, on_event=watch)
     except BitfitError as error:  # as one that any version of any module can read
         raise BitfitError(
             f"{socket.gethostname()}, a machine of the Ray cluster: {error}"
         ) from None
-    return results, time.perf_counter() - began
+    return results, time.perf_counter() - began, unusable
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

@@ -196,6 +196,8 @@ class Sweep:
             self.store.write_experiment(described)
         torch.set_num_threads(self.conditions.threads)
         self._taken_over: set[str] = set()
+        self._own: set[str] = set()
+        """Ids of this grid's runs: a directory may hold others."""
         self._began = time.perf_counter()
 
     def run(
@@ -216,8 +218,7 @@ class Sweep:
                 self._run_base(base, tell, should_stop)
         with self.store.lock():
             self.store.remove_leftovers()
-        own = {row.name for row in self.grid.rows}
-        records = [r for r in self.store.records() if r["row"] in own]
+        records = [r for r in self.store.records() if r["id"] in self._own]
         self.summary.done = sum(r["state"] == "done" for r in records)
         self.summary.failed = [r for r in records if r["state"] == "failed"]
         self.summary.seconds = time.perf_counter() - self._began
@@ -285,6 +286,8 @@ class Sweep:
                     _pause(should_stop)
                 else:
                     break
+        for run in (*planner.search(), *planner.repeats()):
+            self._own.update(planner.ids(run))
         self.summary.left_out += [str(run) for run in left_out.values()]
         if left_out:
             self.summary.left_out += [run.title("the best rate") for run in planner.unchosen()]

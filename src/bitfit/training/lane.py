@@ -235,13 +235,18 @@ class Lane:
         return torch.tensor(weights, dtype=torch.float32, device=self.device)
 
 
-def trained_sites(encoder: Encoder, config: TrainConfig) -> tuple[Site, ...]:
+def trained_sites(encoder: Encoder, head: Head, config: TrainConfig) -> tuple[Site, ...]:
     """Return the biases that ``config.terms`` names, without those that change nothing.
 
-    The paper's recipe has them all.
+    Those are b_k, which the paper's recipe keeps, and a pooler that the head does not read.
+
+    Raises:
+        UnknownTerm: terms that this base does not have.
+        UsageError: terms that name a pooler which this head does not read.
     """
     inert = () if config.recipe == "paper" else encoder.inert_terms
-    return choose_sites(encoder.sites, config.terms, inert=inert)
+    sites = choose_sites(encoder.sites, config.terms, inert=inert)
+    return sites if head.pooling == "pooler" else _without_pooler(sites, config.terms, head)
 
 
 def choose_layout(encoder: Encoder, head: Head, config: TrainConfig) -> Layout:
@@ -254,9 +259,7 @@ def choose_layout(encoder: Encoder, head: Head, config: TrainConfig) -> Layout:
     """
     if config.method != "bitfit":
         return Layout(())
-    sites = trained_sites(encoder, config)
-    if head.pooling != "pooler":
-        sites = _without_pooler(sites, config.terms, head)
+    sites = trained_sites(encoder, head, config)
     if not sites:
         raise NoBiases("no bias is selected: use --method frozen to train the head alone")
     return Layout(sites)

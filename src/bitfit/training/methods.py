@@ -297,7 +297,7 @@ def _at_places(grad: Tensor, places: Tensor) -> Tensor:
 # Rows from which on a table of embeddings has sparse gradients: more than a batch has tokens, or
 # the sparse ones cost more than zeros for the rest.
 _LARGE_TABLE = 4096
-_SAME_IN_MATRICES = ("method", "terms", "seed", "pooling")
+_SAME_IN_MATRICES = ("method", "terms", "seed", "pooling", "recipe")
 Method: TypeAlias = RowMethod | FullMethod | RandomMethod | AdapterMethod
 
 
@@ -366,7 +366,7 @@ def random_places(encoder: Encoder, head: Head, config: TrainConfig) -> dict[str
     """
     parameters = encoder_parameters(encoder, head)
     random = np.random.default_rng((config.seed, 1))
-    count = sum(site.length for site in trained_sites(encoder, config))
+    count = sum(site.length for site in trained_sites(encoder, head, config))
     if config.method == "random":
         chosen = _draw_exact(random, {k: p.numel() for k, p in parameters.items()}, count)
     elif config.method == "released:random":

@@ -64,7 +64,7 @@ class TrainConfig:
     keep: Keep = "best"
     """Which epoch goes into the file: the best on dev, or the last."""
     patience: int = 3
-    """Stop after so many epochs without a better dev score; 0: never."""
+    """Stop after so many epochs without a dev score as good as the best; 0: never."""
     class_weights: str | None = None
     """``balanced`` weighs each class by the inverse of its frequency; None: all alike."""
     max_length: int = 128

@@ -385,9 +385,19 @@ class Trainer:
                 f"{self.checkpoint} is of another run: {', '.join(differs)} differ(s). Repeat the "
                 "command as it was, or delete the file to start anew"
             )
-        self.slots, self.next_lane = note["slots"], note["next_lane"]
-        for number, (lane, progress) in enumerate(zip(self.lanes, note["progress"], strict=True)):
-            lane.progress = Progress(**progress)
+        moving = self._moving()
+        try:
+            slots, next_lane = note["slots"], note["next_lane"]
+            progress = [Progress(**fields) for fields in note["progress"]]
+            fits = all(tensors[name].shape == own.shape for name, own in moving.items())
+            fits &= all(f"best.{number}.0" in tensors for number in range(next_lane))
+        except (KeyError, TypeError) as error:
+            raise _damaged(self.checkpoint, repr(error)) from None
+        if not fits or (len(slots), len(progress)) != (len(self.slots), len(self.lanes)):
+            raise _damaged(self.checkpoint, "it holds other numbers than these runs train")
+        self.slots, self.next_lane = slots, next_lane
+        for number, lane in enumerate(self.lanes):
+            lane.progress = progress[number]
             lane.forget_losses()
             places = [name for name in tensors if name.startswith(f"best.{number}.")]
             lane.best = [
@@ -396,7 +406,7 @@ class Trainer:
         for slot, lane in self._running():
             self.method.begin(slot, lane.layout, lane.head, lane.config.seed)
         with torch.no_grad():
-            for name, tensor in self._moving().items():
+            for name, tensor in moving.items():
                 tensor.copy_(tensors[name])
         self.method.moved()
         return True
@@ -454,7 +464,17 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path.read_bytes(), CHECKPOINT_KEY, source=str(path), what="checkpoint",
         max_header=_MAX_HEADER, error=CheckpointRefused,
     )  # fmt: skip
-    return tensors, json.loads(text)
+    try:
+        note = json.loads(text)
+        if isinstance(note["identity"], dict):
+            return tensors, note
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise _damaged(path, "what it says of its runs cannot be read")
+
+
+def _damaged(path: Path, what: str) -> CheckpointRefused:
+    return CheckpointRefused(f"{path} is no state to go on from ({what}): delete it to start anew")
 
 
 CHECKPOINT_KEY = "bitfit_checkpoint"
