@@ -352,7 +352,7 @@ def _decode(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TaskF
         bias=bias,
         layout=document["layout"],
         head=head,
-        head_style=fields.choice(document, "head_style", _style_of(head)),
+        head_style=fields.choice(document, "head_style", (head_style_of(head),)),
         pooling=fields.choice(document, "pooling", _poolings_of(task)),
         max_length=fields.max_length(document),
         base=BaseIdentity.from_json(document["base"]),
@@ -416,9 +416,9 @@ def _decode_bias(tensors: Mapping[str, Tensor], layout: object, dtype: StorageTy
     return bias.to(torch.float32)
 
 
-def _style_of(head: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the head styles that a head of these tensors may be said to have: one."""
-    return ("roberta" if "classifier.out_proj.weight" in head else "linear",)
+def head_style_of(head: Mapping[str, Tensor]) -> str:
+    """Return the style of a head by its tensors: ``roberta`` or ``linear``."""
+    return "roberta" if "classifier.out_proj.weight" in head else "linear"
 
 
 def _poolings_of(task: Task) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from bitfit.bank import Layout
 from bitfit.base import Base, load_base
 from bitfit.errors import TaskFileError, UsageError
 from bitfit.identity import check_base, check_tokenizer
-from bitfit.taskfile import TaskFile
+from bitfit.taskfile import TaskFile, head_style_of
 from bitfit.tasks import Task
 from bitfit.terms import choose_sites, find_sites
 
@@ -90,7 +90,7 @@ def task_from_model(
         bias=torch.cat(row).cpu() if row else torch.zeros(0),
         layout=Layout(chosen).to_json(),
         head=head,
-        head_style="roberta" if "classifier.out_proj.weight" in head else "linear",
+        head_style=head_style_of(head),
         pooling=pooling,
         max_length=max_length,
         base=base.identity,
