@@ -92,6 +92,21 @@ def test_what_cannot_be_meant_is_refused_with_file_and_entry(change, message):
     assert message in str(caught.value)
 
 
+def test_what_is_nearer_to_a_run_holds_and_what_is_asked_for_holds_for_all():
+    text = SMALL.replace("max_length = 64", "epochs = 7") + "epochs = 9\n"
+    grid = parse_grid(text, "small.toml", default_name="small")
+    epochs = lambda grid: [  # noqa: E731
+        grid.config(row, task, 1e-4, 0).epochs for row in grid.rows for task in grid.tasks
+    ]
+    assert epochs(grid) == [2, 7, 2, 7, 9, 9]
+    assert epochs(grid.replace(epochs=1)) == [1] * 6
+
+
+def test_which_epoch_counts_is_no_option_of_a_grid():
+    with pytest.raises(UsageError, match="unknown option 'keep'"):
+        parse_grid(f'{SMALL}keep = "last"\n', "small.toml", default_name="small")
+
+
 def test_a_missing_file_is_misuse(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         read_grid(tmp_path / "none.toml")

@@ -253,6 +253,13 @@ def test_majority_of_mrpc_is_always_yes() -> None:
     assert scores == pytest.approx({"f1": 6 / 7, "accuracy": 0.75})
 
 
+def test_the_bar_of_a_binary_f1_is_the_class_that_it_counts() -> None:
+    """QQP: 63 % are no duplicates, and always saying "duplicate" has an F1 far from zero."""
+    scores = majority_score(BUILTIN_TASKS["qqp"].task, [0] * 63 + [1] * 37)
+    assert scores["accuracy"] == pytest.approx(0.63)
+    assert scores["f1"] == pytest.approx(2 * 0.37 / 1.37)
+
+
 def test_majority_by_kind() -> None:
     assert majority_score(task("tokens"), [(0, 1), (1,)])["accuracy"] == pytest.approx(2 / 3)
     assert majority_score(task("span"), [["x"]]) == {}

@@ -62,6 +62,18 @@ def test_of_equal_rates_the_smallest_is_chosen_and_failed_runs_do_not_count():
     assert choose(runs, paper_scores).popitem()[1][0].record["config"]["learning_rate"] == 1e-4
 
 
+def test_a_rate_that_mostly_diverges_does_not_win_by_the_run_that_did_not():
+    runs = [record([0.8], rate=1e-4, seed=seed) for seed in range(3)]
+    runs += [record([0.81], rate=1e-3, seed=0)]
+    runs += [record([], rate=1e-3, seed=seed, state="failed") for seed in (1, 2)]
+    chosen = choose(runs, paper_scores).popitem()[1]
+    assert [c.record["config"]["learning_rate"] for c in chosen] == [1e-4] * 3
+    runs.append(record([], rate=1e-4, seed=3, state="failed"))
+    runs.append(record([0.81], rate=1e-3, seed=3))
+    rates = {c.record["config"]["learning_rate"] for c in choose(runs, paper_scores).popitem()[1]}
+    assert rates == {1e-3}  # all have failed runs: by those that ended
+
+
 def test_split_chooses_on_one_half_and_reports_on_the_other():
     answers = [1] * 10
     choosing, reporting = halves(10)

@@ -218,27 +218,49 @@ def test_seeds_alone_are_a_paired_t_test():
     assert seeds_difference({}, {0: 0.7}).word == "not known"
 
 
-def test_intervals_hold_as_often_as_they_say():
-    """Three seeds, 200 rows: 95 % intervals hold the true difference about that often."""
-    task = Task(name="t", kind="classification", labels=("a", "b"))
-    held = 0
-    for trial in range(120):
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.15), (3, 0.4), (5, 0.0), (2, 0.0)])
+def test_intervals_hold_as_often_as_they_say(seeds, spread):
+    """200 rows: 95 % intervals hold the true difference about that often, and are no wider."""
+    held, widths, values = 0, [], []
+    counts = np.concatenate(list(draw_counts(200, 200))) / 200
+    for trial in range(200):
         rng = np.random.default_rng(trial)
         shared = rng.standard_normal(200)
         sides = []
         for shift in (0.3, 0.0):
-            levels = shift + 0.15 * rng.standard_normal(3)
-            right = [
-                (level + shared + rng.standard_normal(200) > 0).astype(int) for level in levels
-            ]
-            scorers = [make_scorer(task, "accuracy", r, [1] * 200) for r in right]
-            draws = resample(scorers, 200, 300)
+            levels = shift + spread * rng.standard_normal(seeds)
+            right = [level + shared + rng.standard_normal(200) > 0 for level in levels]
+            draws = [counts @ r for r in right]
             sides.append((dict(enumerate(draws)), {s: r.mean() for s, r in enumerate(right)}))
         found = difference_of(*sides)
-        spread = math.sqrt(2 + 0.15**2)
-        truth = stats.norm.cdf(0.3 / spread) - stats.norm.cdf(0.0)
+        unit = math.sqrt(2 + spread**2)
+        truth = stats.norm.cdf(0.3 / unit) - stats.norm.cdf(0.0)
         held += found.low <= truth <= found.high
-    assert 0.90 <= held / 120 <= 1.0
+        widths.append((found.high - found.low) / 2)
+        values.append(found.value)
+    assert held / 200 >= 0.9
+    reach = stats.t.ppf(0.975, seeds - 1) * np.std(values)
+    assert np.median(widths) < 1.3 * reach
+
+
+def test_the_seeds_own_spread_is_counted_once():
+    """Equal scores of all seeds but on other rows: their spread is what the examples make of it."""
+    rows, seeds = 300, 8
+    counts = np.concatenate(list(draw_counts(rows, 2000))) / rows
+    rng = np.random.default_rng(5)
+    right = [rng.random(rows) < 0.5 for _ in range(seeds)]
+    row = {s: counts @ r for s, r in enumerate(right)}
+    scores = {s: float(r.mean()) for s, r in enumerate(right)}
+    none = {s: np.zeros(2000) for s in range(seeds)}
+    found = bootstrap_difference(row, none, scores, dict.fromkeys(scores, 0.0))
+    error = math.sqrt(0.25 / rows / seeds)
+    reach = (found.high - found.low) / 2
+    assert 1.5 * error < reach < 3.2 * error
+
+
+def test_differences_that_agree_but_for_rounding_are_not_known():
+    found = seeds_difference({0: 0.85, 1: 0.90}, {0: 0.80, 1: 0.85}, comparisons=20)
+    assert found.word == "not known"
 
 
 def test_every_metric_can_be_scored_on_resamples():

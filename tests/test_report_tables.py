@@ -20,6 +20,7 @@ from report_samples import (
     table3,
 )
 
+from bitfit.experiments.report import figures
 from bitfit.experiments.report.biases import mean_change
 from bitfit.experiments.report.curves import zeros
 from bitfit.experiments.report.differences import Draws, to_reference
@@ -47,7 +48,7 @@ def words_of(sample):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    return table3(tmp_path_factory.mktemp("table3"), rows=120)
+    return table3(tmp_path_factory.mktemp("table3"), rows=200)
 
 
 @pytest.fixture(scope="module")
@@ -502,6 +503,51 @@ def test_rows_that_differ_in_the_term_alone_are_preferred(tmp_path):
         sample.done(row, RTE, change=terms)
     found = [(row["without"], row["with"]) for row in as_dicts(tables_of(sample)["theory"])]
     assert found == [("no b_k", "all"), ("no b_v", "all")]
+
+
+def test_rows_that_are_equal_here_are_not_said_to_be_in_the_papers_order(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit", "b_m2"], tasks=["rte"])
+    for row in ("BitFit", "b_m2"):
+        sample.done(row, RTE, constant=True)
+    said = words_of(sample)["order"]
+    assert said.endswith("Nothing is the other way round, but 1 pair of its rows is equal here.")
+
+
+def test_a_search_that_is_not_finished_is_marked_and_said(tmp_path):
+    rows = [
+        {"name": "BitFit", "options": {}, "learning_rate": [1e-3, 4e-4]},
+        {"name": "Frozen", "options": {"method": "frozen"}, "learning_rate": [1e-3]},
+    ]
+    sample = Sample(tmp_path, rows=["BitFit", "Frozen"], tasks=["rte"], grid={"rows": rows})
+    sample.done("BitFit", RTE)
+    sample.done("Frozen", RTE, skill=0.6)
+    table = tables_of(sample)["best"]
+    assert [row[1].mark for row in table.rows] == ["‡", ""]
+    assert any("‡: the search over the rates is not finished" in note for note in table.notes)
+    assert "another may be better: BitFit on RTE (1 of 2 rates)." in words_of(sample)["setup"]
+    sample.failed("BitFit", RTE, rate=4e-4)  # tried, though it failed
+    assert [row[1].mark for row in tables_of(sample)["best"].rows] == ["", ""]
+
+
+def test_undefined_scores_are_counted_where_a_mean_stands_alone():
+    assert Summary((0.8, 0.84, math.nan)).mean_alone() == "82.0 (1 of 3 undefined)"
+    assert Summary((0.8, 0.84)).mean_alone() == "82.0"
+    assert Summary(()).mean_alone() == Summary(()).mean_text()
+    assert Summary((math.nan,)).mean_alone() == Summary((math.nan,)).mean_text()
+
+
+def test_a_mismatched_half_without_scores_takes_no_average_away(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit"], tasks=["mnli", "rte"])
+    sample.done("BitFit", MNLI, more={"dev_mismatched": {"accuracy": 0.5}})
+    sample.done("BitFit", RTE)
+    (row,) = as_dicts(tables_of(sample)["mean-split"])
+    assert row["average"] not in (None, "–")
+
+
+def test_a_convergence_curve_ends_where_its_first_seed_stopped():
+    runs = [{"history": [{"dev": {"f1": score}} for score in scores]}
+            for scores in ([0.1, 0.2, 0.9], [0.3, 0.4])]  # fmt: skip
+    assert figures._epoch_means(runs, "f1") == pytest.approx([20.0, 30.0])
 
 
 def test_what_the_paper_prints_as_equal_has_no_order(tmp_path):

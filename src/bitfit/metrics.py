@@ -73,9 +73,10 @@ def compute_metrics(task: Task, predictions: Any, references: Any) -> dict[str, 
 def majority_score(task: Task, references: Any) -> dict[str, float]:
     """Return the scores of a model that has learned nothing but the most frequent answer.
 
-    Classification and tokens: the most frequent class, of equals the lowest. Multilabel: each label
-    by its own majority. Regression: the mean, whose correlations are NaN. Span: nothing, ``{}``.
-    MRPC's binary F1 of always saying "1" is far from zero: this is the bar to pass.
+    Classification and tokens: the most frequent class, of equals the lowest; binary F1: class 1,
+    which alone it counts. Multilabel: each label by its own majority. Regression: the mean, whose
+    correlations are NaN. Span: nothing, ``{}``. MRPC's and QQP's F1 of always saying "1" is far
+    from zero: this is the bar to pass.
     """
     if task.kind == "span" or len(references) == 0:
         return {}
@@ -89,7 +90,10 @@ def majority_score(task: Task, references: Any) -> dict[str, float]:
     truth = _flat(references)
     if not len(truth):
         return {}
-    return compute_metrics(task, np.full_like(truth, np.bincount(truth).argmax()), truth)
+    scores = compute_metrics(task, np.full_like(truth, np.bincount(truth).argmax()), truth)
+    if "f1" in scores:
+        scores["f1"] = f1_binary(np.ones_like(truth), truth)
+    return scores
 
 
 def is_degenerate(task: Task, scores: Mapping[str, float], majority: Mapping[str, float]) -> bool:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 Search = Literal["first-seed", "every-seed"]
 
 _ROW_OPTIONS = {f.name for f in dataclasses.fields(TrainConfig)} - {
-    "recipe", "seed", "learning_rate",
+    "recipe", "seed", "learning_rate", "keep",
 }  # fmt: skip
 # The experiments whose numbers the paper prints.
 PRINTED = ("table1", "table2", "table3", "table6", "pos")
@@ -133,15 +133,21 @@ class Grid:
         Raises:
             UsageError: an option that does not exist or cannot be meant, with its row.
         """
-        own = {"epochs": self.epochs} if self.epochs is not None else {}
-        # The file, the score on train and the figures are of the epoch that counts.
-        options = {"keep": "best", **self.options, **task.options, **own, **row.options}
+        options = self.options_of(row, task)
         if unknown := sorted(set(options) - _ROW_OPTIONS):
             raise UsageError(f"row {row.name!r}: unknown option {_near(unknown[0], _ROW_OPTIONS)}")
         try:
-            return resolve_config(self.recipe, learning_rate=rate, seed=seed, **options)
+            # The file, the score on train and the figures are of the epoch that counts.
+            return resolve_config(
+                self.recipe, learning_rate=rate, seed=seed, keep="best", **options
+            )
         except (UsageError, TypeError) as error:  # a list where a name is looked up
             raise UsageError(f"row {row.name!r}: {error}") from error
+
+    def options_of(self, row: Row, task: GridTask) -> dict[str, Any]:
+        """Return what is set for a run: by the grid, over it the task's, over these the row's."""
+        own = {"epochs": self.epochs} if self.epochs is not None else {}
+        return {**own, **self.options, **task.options, **row.options}
 
     def data_seed(self, seed: int) -> int:
         """Return the seed of the choice of training rows for a run of ``seed``.
@@ -151,9 +157,26 @@ class Grid:
         return seed if self.train_rows else 0
 
     def replace(self, **changes: Any) -> Grid:
-        """Return a copy with those ``changes`` that are not None."""
+        """Return a copy with those ``changes`` that are not None.
+
+        ``epochs`` are those of every run: what single rows and tasks have of their own goes.
+        """
         given = {key: value for key, value in changes.items() if value is not None}
-        return dataclasses.replace(self, **given)
+        grid = dataclasses.replace(self, **given)
+        return (
+            grid
+            if "epochs" not in given
+            else dataclasses.replace(
+                grid,
+                options=_without_epochs(grid.options),
+                rows=tuple(
+                    dataclasses.replace(r, options=_without_epochs(r.options)) for r in grid.rows
+                ),
+                tasks=tuple(
+                    dataclasses.replace(t, options=_without_epochs(t.options)) for t in grid.tasks
+                ),
+            )
+        )
 
     def only(
         self,
@@ -323,6 +346,10 @@ def grid_task(found: str | Mapping[str, Any]) -> GridTask:
             raise UsageError(f"task {name!r}: neither a built-in task nor a file named by 'data'")
         data["task"] = name
     return GridTask(name=name, data=data, limit=limit, options=values)
+
+
+def _without_epochs(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "epochs"}
 
 
 def _list(found: Mapping[str, Any], key: str, kind: Any) -> list[Any]:

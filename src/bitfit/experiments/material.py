@@ -19,6 +19,7 @@ from bitfit.training.lane import Lane, Split
 V = TypeVar("V")
 # Data sets of different tasks, sizes and seeds that are kept; a large one is some hundred MB.
 _KEPT = 8
+_BERT_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,23 @@ class Material:
         )  # fmt: skip
 
     def facts(self, task: GridTask, train_rows: int | None, seed: int) -> dict[str, Any]:
-        """Return the hashes of base, tokenizer and data, and the precision, for a run's id."""
+        """Return what a run's id is made of, beside its settings.
+
+        The hashes of base, tokenizer and data, and the precision. What else a base and a task bring
+        counts where it is not usual (ids of earlier versions stay): dropout unlike BERT's, a
+        pooling other than the mean, how a task is scored that is not built in.
+        """
         base, source = self.encoder.base, self.source(task, train_rows, seed)
-        return {
+        found = source.dataset.task
+        own = {
+            key: f"{value:g}" for key, value in base.config.to_dict().items()
+            if "dropout" in key and isinstance(value, float) and value != _BERT_DROPOUT
+        }  # fmt: skip
+        if base.pooling != "mean":
+            own["pooling"] = base.pooling
+        if "task" not in task.data:
+            own["scored_as"] = f"{found.kind}: {', '.join(found.metrics)}"
+        return own | {
             "base": base.identity.sha256,
             "tokenizer": base.tokenizer_sha256,
             "train": source.hashes["train"],

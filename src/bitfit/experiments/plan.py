@@ -17,6 +17,7 @@ from bitfit.experiments.material import Material
 from bitfit.experiments.protocol import choose, paper_scores, split_scores
 from bitfit.experiments.runs import Run
 from bitfit.experiments.store import Store
+from bitfit.training.settings import SPAN_MAX_LENGTH, TrainConfig
 
 
 def most_lanes(device: str) -> int:
@@ -65,6 +66,7 @@ class Planner:
         ]
         self._runs: dict[tuple[Any, ...], Run] = {}
         self._before = self._finished_before()
+        self._seeds_before = store.experiment().get("seeds", []) if store.exists else []
         self._refuse_twins()
 
     def _refuse_twins(self) -> None:
@@ -136,13 +138,21 @@ class Planner:
         return [run for run in self.repeats_to_come() if run.cell in left]
 
     def _chosen_rates(self, cell: CellPlan, finished: Mapping[str, str]) -> list[float]:
-        """Return the rates that the finished search chose; none while it is not finished."""
-        runs = [self._run(cell, rate, self.grid.seeds[0]) for rate in cell.row.rates]
-        if len(runs) == 1:
-            return [runs[0].config.learning_rate]
-        if any(run.id not in finished for run in runs):
+        """Return the rates that the finished search chose; none while it is not finished.
+
+        Whatever seeds this directory has are asked, as the report asks them: an experiment may be
+        gone on with from another first seed.
+        """
+        if len(cell.row.rates) == 1:
+            return list(cell.row.rates)
+        runs = {
+            seed: [self._run(cell, rate, seed) for rate in cell.row.rates]
+            for seed in dict.fromkeys([*self.grid.seeds, *self._seeds_before])
+        }
+        if any(run.id not in finished for run in runs[self.grid.seeds[0]]):
             return []
-        records = [self.store.record(run.id) for run in runs]
+        whole = [run for each in runs.values() for run in each if run.id in finished]
+        records = [self.store.record(run.id) for run in whole]
 
         def on_halves(record: Mapping[str, Any]) -> Any:
             store = self.store
@@ -157,7 +167,7 @@ class Planner:
         if key not in self._runs:
             data_seed = self.grid.data_seed(seed)
             config = self.grid.config(cell.row, cell.task, rate, seed)
-            length = self.material.encoder.clamp_length(config.max_length)
+            length = self.material.encoder.clamp_length(self._max_length(cell, config, data_seed))
             run = Run(
                 row=cell.row, base=self.base, task=cell.task, train_rows=cell.train_rows,
                 config=config.replace(max_length=length), data_seed=data_seed,
@@ -165,6 +175,13 @@ class Planner:
             )  # fmt: skip
             self._runs[key] = self._as_finished(run)
         return self._runs[key]
+
+    def _max_length(self, cell: CellPlan, config: TrainConfig, data_seed: int) -> int:
+        """Return the length that is set, or what is usual for the kind of the task."""
+        if "max_length" in self.grid.options_of(cell.row, cell.task):
+            return config.max_length
+        task = self.material.source(cell.task, cell.train_rows, data_seed).dataset.task
+        return SPAN_MAX_LENGTH if task.kind == "span" else config.max_length
 
     def _as_finished(self, run: Run) -> Run:
         """Return the run, or the same in the precision in which it was done."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,6 @@ from bitfit.errors import BitfitError
 from bitfit.metrics import compute_metrics
 from bitfit.tasks import Task
 
-Protocol = Literal["paper", "split"]
-PROTOCOLS: tuple[Protocol, ...] = ("paper", "split")
 Record = Mapping[str, Any]
 Cell = tuple[str, str, str, int | None]
 """Row, base, task and training rows: what a number of a table stands for, before rate and seed."""
@@ -106,20 +104,32 @@ def split_scores(
     return EpochScores(*([score(epoch, half) for epoch in epochs] for half in halves(len(answers))))
 
 
-def choose_rate(scores: Iterable[tuple[Record, EpochScores]]) -> float:
+def choose_rate(
+    scores: Iterable[tuple[Record, EpochScores]], failed: Iterable[Record] = ()
+) -> float:
     """Return the learning rate with the best mean over the seeds that every rate was run with.
 
-    Of equal rates the smallest. Each run counts with its best epoch on the rows that choose.
+    Of equal rates the smallest. Each run counts with its best epoch on the rows that choose, a
+    failed one as the worst: a rate that mostly diverges does not win by the run that did not. Among
+    rates that all have a failed run, those that ended count.
     """
     found: dict[float, dict[int, float]] = {}
     for record, epochs in scores:
         config = record["config"]
         best = epochs.choosing[epochs.best]
         found.setdefault(config["learning_rate"], {})[config["seed"]] = _least(best)
-    common = set.intersection(*(set(seeds) for seeds in found.values()))
-    if not common:  # a failed run: each rate by what it has
-        return max(sorted(found), key=lambda rate: float(np.mean(list(found[rate].values()))))
-    return max(sorted(found), key=lambda rate: float(np.mean([found[rate][s] for s in common])))
+    tried = {rate: dict(seeds) for rate, seeds in found.items()}
+    for record in failed:
+        config = record["config"]
+        if config["learning_rate"] in found:
+            tried[config["learning_rate"]].setdefault(config["seed"], -math.inf)
+    common = set.intersection(*(set(seeds) for seeds in tried.values()))
+
+    def worth(rate: float) -> tuple[float, float]:
+        whole = [tried[rate][seed] for seed in common] or [-math.inf]
+        return float(np.mean(whole)), float(np.mean(list(found[rate].values())))
+
+    return max(sorted(found), key=worth)
 
 
 def choose(
@@ -127,20 +137,25 @@ def choose(
 ) -> dict[Cell, list[Choice]]:
     """Return for each cell the runs of its chosen rate, seed by seed, each with its best epoch.
 
-    Failed runs are left out, and so are those that ``scores_of`` gives None for.
+    Failed runs count for the choice of the rate only; those that ``scores_of`` gives None for are
+    left out.
 
     Args:
         records: of any cells.
         scores_of: :func:`paper_scores`, or :func:`split_scores` with what it needs.
     """
     cells: dict[Cell, list[tuple[Record, EpochScores]]] = {}
+    failed: dict[Cell, list[Record]] = {}
     for record in records:
-        scores = scores_of(record) if record["state"] == "done" else None
+        if record["state"] != "done":
+            failed.setdefault(cell_of(record), []).append(record)
+            continue
+        scores = scores_of(record)
         if scores is not None:
             cells.setdefault(cell_of(record), []).append((record, scores))
     chosen = {}
     for cell, runs in cells.items():
-        rate = choose_rate(runs)
+        rate = choose_rate(runs, failed.get(cell, ()))
         chosen[cell] = [
             Choice(record, epochs.best + 1, epochs.reporting[epochs.best])
             for record, epochs in sorted(runs, key=lambda run: run[0]["config"]["seed"])

@@ -95,7 +95,7 @@ def stability_table(results: Results) -> Table | None:
         bad = sum(is_degenerate(run) for run in runs)
         rows.append((
             text(results.label(line)), text(task_title(task)), rate(found), number(len(runs)),
-            Cell(scores.mean_text().split(" ± ")[0], scores.cell().value, scores.runs),
+            Cell(scores.mean_alone(), scores.cell().value, scores.runs),
             score(scores.spread), score(scores.least), score(scores.best),
             Cell(f"{bad} of {len(runs)} ({100 * bad / len(runs):.0f} %)", bad / len(runs)),
             number(results.failures(line, task, found)),
@@ -105,8 +105,8 @@ def stability_table(results: Results) -> Table | None:
                Column("degenerate", "degenerate"), Column("failed", "failed"))  # fmt: skip
     notes = (
         "Dev score of the best epoch. degenerate: at or below what always saying the most frequent "
-        "answer gives, or not defined. failed: ended with an error, such as a loss that is no "
-        "number; counted beside, not in the scores.",
+        "answer gives (for binary F1: always the class that it counts), or not defined. failed: "
+        "ended with an error, such as a loss that is no number; counted beside, not in the scores.",
     )
     return _table("stability", "Stability over the seeds", columns, rows, notes)
 

@@ -209,7 +209,8 @@ def _convergence(results: Results) -> list[Drawing]:
         title = f"{task_title(task)}: dev {results.metric(task)} by epoch"
         drawings.append(Drawing(
             f"convergence-{task}", title,
-            "Mean over the seeds, one curve for each learning rate; the ring marks its best epoch.",
+            "Mean over the seeds, one curve for each learning rate, as far as all its seeds went; "
+            "the ring marks its best epoch.",
             "convergence", _convergence_figure(results, task, lines, title),
         ))  # fmt: skip
     return drawings
@@ -242,14 +243,12 @@ def _convergence_figure(results: Results, task: str, lines: Sequence[Line], titl
 
 
 def _epoch_means(runs: Sequence[dict[str, Any]], metric: str) -> list[float]:
-    longest = max(len(run["history"]) for run in runs)
+    """Return the mean of each epoch that all runs reached: of fewer it would be another mean."""
+    shortest = min(len(run["history"]) for run in runs)
     return [
-        100 * Summary(tuple(
-            to_float(run["history"][i]["dev"].get(metric)) for run in runs
-            if i < len(run["history"])
-        )).mean
-        for i in range(longest)
-    ]  # fmt: skip
+        100 * Summary(tuple(to_float(run["history"][i]["dev"].get(metric)) for run in runs)).mean
+        for i in range(shortest)
+    ]
 
 
 # ------------------------------------------------------------------ stability

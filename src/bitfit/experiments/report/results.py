@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bitfit.experiments import protocol
+from bitfit.experiments.grid import Row
 from bitfit.experiments.report.paper import task_title
 from bitfit.experiments.report.table import Summary
 
@@ -170,8 +171,8 @@ class Results:
     @cached_property
     def _chosen(self) -> dict[str, dict[protocol.Cell, list[protocol.Choice]]]:
         return {
-            "paper": protocol.choose(self.done, protocol.paper_scores),
-            "split": protocol.choose(self.done, self._split_scores),
+            "paper": protocol.choose(self.records, protocol.paper_scores),
+            "split": protocol.choose(self.records, self._split_scores),
         }
 
     def _split_scores(self, record: Record) -> protocol.EpochScores | None:
@@ -245,6 +246,27 @@ class Results:
         runs = self.runs(line, task)
         rates = sorted({r["config"]["learning_rate"] for r in runs})
         return {x: [r for r in runs if r["config"]["learning_rate"] == x] for x in rates}
+
+    @cached_property
+    def _rates_wanted(self) -> dict[str, tuple[float, ...]]:
+        rows = (self.experiment.get("grid") or {}).get("rows") or ()
+        return {
+            row["name"]: Row(
+                name=row["name"], options=row["options"], learning_rate=tuple(row["learning_rate"])
+            ).rates
+            for row in rows
+        }
+
+    def search_of(self, line: Line, task: str) -> tuple[int, int]:
+        """Return how many rates of a cell's search have a run, and how many it is to have.
+
+        The same number twice where the experiment does not say.
+        """
+        tried = {
+            r["config"]["learning_rate"] for r in self.records
+            if (self.line_of(r), r["task"]["name"]) == (line, task)
+        }  # fmt: skip
+        return len(tried), len(tried | {*self._rates_wanted.get(line.row, ())})
 
     def missing(self) -> int:
         """Return how many runs that the grid asks for have no record.

@@ -17,6 +17,7 @@ from bitfit.experiments.report.results import Line, Results, TaskColumn
 from bitfit.experiments.report.table import (
     DAGGER,
     DASH,
+    DOUBLE_DAGGER,
     Cell,
     Column,
     Table,
@@ -138,10 +139,18 @@ def _wide(
 
 def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[Cell, ...]:
     made = [make(line, column) for column in results.columns]
-    made = [(_marked(results, cell), value) for cell, value in made]
+    made = [
+        (_marked(results, line, column, cell), value)
+        for column, (cell, value) in zip(results.columns, made, strict=True)
+    ]
     cells = [text(results.label(line)), *(cell for cell, _ in made)]
     if len(results.columns) > 1:
-        average = mean_column([value for _, value in made])
+        # MNLI's mismatched half has no scores under the protocol split: no average would be left.
+        whole = way == "paper"
+        average = mean_column([
+            value for column, (_, value) in zip(results.columns, made, strict=True)
+            if whole or column.split == "dev"
+        ])  # fmt: skip
         value = none_if_nan(average)
         runs = () if value is None else (run for cell, _ in made for run in cell.runs)
         cells.append(Cell(points(average), value, tuple(dict.fromkeys(runs))))
@@ -153,21 +162,28 @@ def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[C
     return tuple(cells)
 
 
-def _marked(results: Results, cell: Cell) -> Cell:
-    mixed = len(results.conditions(cell.runs)) > 1
-    return replace(cell, mark=DAGGER) if mixed else cell
+def _marked(results: Results, line: Line, column: TaskColumn, cell: Cell) -> Cell:
+    tried, wanted = results.search_of(line, column.task)
+    mixed = DAGGER if len(results.conditions(cell.runs)) > 1 else ""
+    unfinished = DOUBLE_DAGGER if cell.runs and tried < wanted else ""
+    return replace(cell, mark=mixed + unfinished)
 
 
 def _mark_note(results: Results, rows: Sequence[Sequence[Cell]]) -> list[str]:
-    """Return what the mark says, where a cell has it."""
-    marked = [cell for row in rows for cell in row if cell.mark]
-    if not marked:
-        return []
-    conditions = results.conditions(run for cell in marked for run in cell.runs)
-    return [
-        f"{DAGGER}: the seeds of this cell were not all made under the same conditions, but in "
-        f"{' and '.join(conditions)}."
-    ]
+    """Return what the marks say, where a cell has them."""
+    mixed = [cell for row in rows for cell in row if DAGGER in cell.mark]
+    notes = []
+    if mixed:
+        conditions = results.conditions(run for cell in mixed for run in cell.runs)
+        notes.append(
+            f"{DAGGER}: the seeds of this cell were not all made under the same conditions, but in "
+            f"{' and '.join(conditions)}."
+        )
+    if any(DOUBLE_DAGGER in cell.mark for row in rows for cell in row):
+        notes.append(
+            f"{DOUBLE_DAGGER}: the search over the rates is not finished, so another may be better."
+        )
+    return notes
 
 
 def _printed_base(results: Results) -> tuple[str, str]:

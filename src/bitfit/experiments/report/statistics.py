@@ -1,14 +1,15 @@
-"""Which differences are more than noise: a paired bootstrap over examples and seeds.
+"""Which differences are more than noise: a paired bootstrap over examples, and the seeds' spread.
 
-A score moves with the dev rows that happen to be asked and with the seed. Both are drawn again:
-examples together for all runs, as they share the dev rows; seeds with replacement, pairwise where
-two rows were trained with the same ones. The spread of the drawn differences is the standard error.
+A score moves with the dev rows that happen to be asked and with the seed. The examples are drawn
+again, together for all runs, as they share the dev rows; differences are taken pairwise where two
+rows were trained with the same seeds. The variance of the mean over S seeds is that of its
+resamples, and what the seeds move on top: their own variance, less what the examples alone make
+of it, which the resamples have already, divided by S.
 
-Few seeds say little about their own spread. So the drawn mean of S seeds is stretched away from
-the mean of all by sqrt(S / (S - 1)), which makes its variance the unbiased one, and the interval is
-that of Student's t with the degrees of freedom of Welch and Satterthwaite: many where the examples
-make the noise, S - 1 where the seeds do. The level is Bonferroni's: 95 % for all comparisons of a
-table together, so 1 - 0.05 / comparisons for each.
+Few seeds say little about their own spread. So the interval is that of Student's t with the degrees
+of freedom of Welch and Satterthwaite: many where the examples make the noise, S - 1 where the seeds
+do. The level is Bonferroni's: 95 % for all comparisons of a table together, so
+1 - 0.05 / comparisons for each.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Difference:
     another seed may; ``too few seeds``: zero is inside only as these few seeds do not say how far
     they spread; ``not known``: nothing to judge by."""
     basis: str
-    """What was drawn again: ``examples and seeds``, ``examples``, ``seeds`` or nothing."""
+    """What the noise is of: ``examples and seeds``, ``examples``, ``seeds`` or nothing."""
     seeds: int
     """How many seeds it is of: pairs where the seeds are paired, else the fewer."""
     paired: bool
@@ -88,7 +89,7 @@ def bootstrap_difference(
     *,
     comparisons: int = 1,
 ) -> Difference:
-    """Return a row's difference to the reference row, drawn over examples and seeds.
+    """Return a row's difference to the reference row, with the noise of examples and seeds.
 
     Args:
         row: seed -> its scores in the resamples, ``(resamples,)``, from :func:`resample`.
@@ -98,7 +99,6 @@ def bootstrap_difference(
         comparisons: how many differences the interval is to hold for together.
     """
     common = sorted(set(row) & set(reference))
-    rng = np.random.default_rng(_SEED)
     if common:
         ours = {s: row_scores[s] - reference_scores[s] for s in common}
         sides = [(ours, {s: row[s] - reference[s] for s in common}, 1.0)]
@@ -106,9 +106,14 @@ def bootstrap_difference(
         sides = [(dict(row_scores), dict(row), 1.0), (dict(reference_scores), dict(reference), -1)]
     value = sum(sign * float(np.mean(list(scores.values()))) for scores, _, sign in sides)
     fewest = min(len(scores) for scores, *_ in sides)
-    drawn = sum(sign * _draw_seeds(draws, rng) for _, draws, sign in sides)
-    error = standard_error(np.asarray(drawn))
-    freedom = _freedom(error**2, [list(scores.values()) for scores, *_ in sides])
+    draws = [np.stack([drawn[seed] for seed in sorted(drawn)]) for _, drawn, _ in sides]
+    means = sum(sign * each.mean(axis=0) for each, (*_, sign) in zip(draws, sides, strict=True))
+    spreads = [list(scores.values()) for scores, *_ in sides]
+    variance = standard_error(np.asarray(means)) ** 2
+    for each, spread in zip(draws, spreads, strict=True):
+        variance += max(0.0, _mean_variance(spread) - _examples_part(each))
+    error = math.sqrt(variance)
+    freedom = _freedom(variance, spreads)
     basis = "examples and seeds" if fewest > 1 else "examples"
     return _judge(value, error, freedom, basis, fewest, bool(common), comparisons)
 
@@ -145,16 +150,18 @@ def quantile(freedom: float, comparisons: int) -> float:
     return float(stats.t.ppf(level, freedom) if math.isfinite(freedom) else stats.norm.ppf(level))
 
 
-def _draw_seeds(draws: Mapping[int, Floats], rng: np.random.Generator) -> Floats:
-    """Return the mean over drawn seeds in each resample, stretched to the unbiased variance."""
-    scores = np.stack([draws[seed] for seed in sorted(draws)])
-    count, resamples = scores.shape
-    everyone = scores.mean(axis=0)
-    if count == 1:
-        return np.asarray(everyone)
-    picks = rng.integers(0, count, size=(count, resamples))
-    drawn = np.take_along_axis(scores, picks, axis=0).mean(axis=0)
-    return np.asarray(everyone + math.sqrt(count / (count - 1)) * (drawn - everyone))
+def _examples_part(draws: Floats) -> float:
+    """Return what examples add to the variance of a mean over seeds by moving each seed otherwise.
+
+    Args:
+        draws: ``(seeds, resamples)``. What they share in a resample is no spread of the seeds.
+    """
+    draws = draws[:, np.isfinite(draws).all(axis=0)]
+    count, resamples = draws.shape
+    if count < 2 or resamples < 2:
+        return 0.0
+    own = np.var(draws - draws.mean(axis=0), axis=1, ddof=1).sum() / (count - 1)
+    return float(own / count)
 
 
 def _mean_variance(scores: Sequence[float]) -> float:
@@ -176,7 +183,8 @@ def _freedom(variance: float, sides: Sequence[Sequence[float]]) -> float:
 def _judge(
     value: float, error: float, freedom: float, basis: str, seeds: int, paired: bool, many: int
 ) -> Difference:
-    unmoved = error == 0.0 and value != 0.0  # seeds that agree to the last bit bound nothing
+    # Seeds that agree but for rounding bound nothing.
+    unmoved = value != 0.0 and error <= 1e-12 * abs(value)
     if unmoved or not (math.isfinite(value) and math.isfinite(error)):
         return Difference(value, math.nan, math.nan, "not known", "", seeds, paired)
     reach = quantile(freedom, many) * error

@@ -16,6 +16,7 @@ import numpy as np
 DASH = "–"
 """What stands where nothing is known."""
 DAGGER = "†"
+DOUBLE_DAGGER = "‡"
 """Marks a cell whose runs were not all made under the same conditions."""
 
 
@@ -160,8 +161,15 @@ class Summary:
         shown = points(self.mean, signed=signed)
         if math.isfinite(self.spread):
             shown += f" ± {points(self.spread)}"
+        return shown + self._undefined()
+
+    def mean_alone(self) -> str:
+        """Return the mean as in :meth:`mean_text`, without the spread."""
+        return Summary((self.mean,) if self.defined else ()).mean_text() + self._undefined()
+
+    def _undefined(self) -> str:
         missing = len(self.scores) - len(self.defined)
-        return shown + (f" ({missing} of {len(self.scores)} undefined)" if missing else "")
+        return f" ({missing} of {len(self.scores)} undefined)" if missing else ""
 
     def cell(self, *, printed: float | None = None, signed: bool = False) -> Cell:
         """Return the cell of the mean with its spread."""

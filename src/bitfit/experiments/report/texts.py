@@ -78,6 +78,7 @@ _LATEX = {
     "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "±": r"$\pm$", "–": "--", "−": "$-$", "<": "$<$", ">": "$>$", "|": "$|$", '"': "''",
     "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
 }  # fmt: skip
 _SYMBOL = re.compile(rf"\b(?:{'|'.join(SYMBOLS.values())})\b")
 

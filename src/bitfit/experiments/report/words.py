@@ -48,6 +48,18 @@ def counts_text(results: Results) -> str:
     return f"{found}, {missing} missing (row, task and seed without any run)."
 
 
+def unfinished_searches(results: Results) -> list[str]:
+    """Return the cells whose search over the rates is not finished, with how far it is."""
+    found = [
+        (results.label(line), task_title(task), *results.search_of(line, task))
+        for line in results.lines for task in results.tasks
+    ]  # fmt: skip
+    return [
+        f"{line} on {task} ({tried} of {wanted} rates)"
+        for line, task, tried, wanted in found if 0 < tried < wanted
+    ]  # fmt: skip
+
+
 def environments(results: Results) -> list[str]:
     """Return the distinct environments of the runs, each as one line, counted if several."""
     found = (r["environment"] for r in results.done if r.get("environment"))
@@ -70,6 +82,9 @@ def trained_on(results: Results) -> list[str]:
 def _setup(results: Results) -> list[str]:
     experiment = results.experiment
     lines = [*trained_on(results), counts_text(results)]
+    if unfinished := unfinished_searches(results):
+        shown = "; ".join(unfinished)
+        lines.append(f"Not every rate has been tried, so another may be better: {shown}.")
     if experiment.get("recipe"):
         lines.append(f"Recipe: {experiment['recipe']}.")
     if experiment.get("search"):
@@ -201,6 +216,13 @@ def _beside_the_paper(
     sentence = f" The paper's order: {order}."
     if len(set(theirs.values())) == 1:
         return sentence  # no order to confirm
+    tied = [
+        (a, b) for a, b in combinations(theirs, 2)
+        if means[a] == means[b] and theirs[a] != theirs[b]
+    ]  # fmt: skip
+    if tied and not swapped:
+        many = "pair of its rows is" if len(tied) == 1 else "pairs of its rows are"
+        return f"{sentence} Nothing is the other way round, but {len(tied)} {many} equal here."
     if not swapped:
         return f"{sentence} The same order."
     pairs = "; ".join(_pair(results, words, a, b, task) for a, b in swapped)
