@@ -58,6 +58,8 @@ def test_a_rate_is_chosen_by_its_mean_over_the_seeds_that_all_rates_have():
 def test_of_equal_rates_the_smallest_is_chosen_and_failed_runs_do_not_count():
     runs = [record([0.8], rate=rate) for rate in (1e-3, 4e-4, 1e-4)]
     assert choose_rate((r, paper_scores(r)) for r in runs) == 1e-4
+    runs.append(record([0.7], rate=1e-4, seed=1))  # repeated, and lower there
+    assert choose_rate((r, paper_scores(r)) for r in runs) == 1e-4
     runs.append(record([0.99], rate=1e-5, state="failed"))
     assert choose(runs, paper_scores).popitem()[1][0].record["config"]["learning_rate"] == 1e-4
 

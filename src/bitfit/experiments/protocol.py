@@ -126,8 +126,10 @@ def choose_rate(
     common = set.intersection(*(set(seeds) for seeds in tried.values()))
 
     def worth(rate: float) -> tuple[float, float]:
-        whole = [tried[rate][seed] for seed in common] or [-math.inf]
-        return float(np.mean(whole)), float(np.mean(list(found[rate].values())))
+        mean = float(np.mean([tried[rate][seed] for seed in common] or [-math.inf]))
+        # Of equal rates the smallest, whatever other seeds one of them has.
+        ended = 0.0 if math.isfinite(mean) else float(np.mean(list(found[rate].values())))
+        return mean, ended
 
     return max(sorted(found), key=worth)
 
