@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from bitfit import taskfile
 from bitfit.errors import BitfitError
-from bitfit.training import outputs, train
+from bitfit.training import checkpoint, outputs
 from bitfit.training.finetune import finetune
 
 ALL_REDUCE = dist.all_reduce
@@ -31,7 +31,7 @@ def train_scenarios(
     }  # fmt: skip
     torch.set_num_threads(1)
     if rank:
-        for module in (taskfile, outputs, train):
+        for module in (taskfile, outputs, checkpoint):
             module.atomic_write = _no_write
     for name, options in scenarios.items():
         note = train_one(options, folder / f"{name}.bitfit.safetensors", rank)

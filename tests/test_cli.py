@@ -423,6 +423,16 @@ def test_the_input_is_checked_before_the_base_is_loaded(
         assert (found, message in err) == (code, True), err
 
 
+def test_a_closed_standard_input_is_said_before_the_base_is_loaded(
+    trained: tuple[Path, dict[str, Any], Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after <&-
+    code, _, err = run("predict", trained[0], "--base", "/no/such/base")
+    assert (code, err) == (
+        2, "error: standard input is closed: give texts as arguments, or --input\n"
+    )  # fmt: skip
+
+
 def test_a_tab_is_told_with_its_line(
     trained: tuple[Path, dict[str, Any], Path], base: str, run: Run, tmp_path: Path
 ) -> None:
@@ -1034,6 +1044,40 @@ def test_a_signal_saves_a_checkpoint_and_resume_ends_in_the_same_bytes(
     assert not Path(f"{out}.checkpoint").exists()
     code, _, err = run(*arguments, "--resume")
     assert "starting anew" in err
+
+
+def test_a_state_that_is_not_gone_on_from_is_said_with_where_it_is_kept(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data, out = write_rows(tmp_path / "m.csv"), tmp_path / "m.bitfit.safetensors"
+    arguments = ("train", "--base", base, "--data", data, "--text", "body", "--label", "mood",
+                 "--out", out, "--epochs", 1, "--dtype", "fp32")  # fmt: skip
+    other = Path(f"{out}2.checkpoint")  # of a run whose name begins alike
+    other.write_bytes(b"state")
+    code, _, err = run(*arguments)
+    assert (code, "interrupted" in err) == (0, False)
+    code, _, err = run(*arguments, "--resume")
+    assert f"no checkpoint beside {out}: starting anew" in err
+    state = Path(f"{out}.checkpoint")
+    state.write_bytes(b"state")
+    code, _, err = run(*arguments)
+    assert code == 0
+    assert f"{state} of an interrupted run is kept as {state}.old: --resume would" in err
+    assert Path(f"{state}.old").read_bytes() == other.read_bytes() == b"state"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_log_that_takes_no_more_is_said_once_and_does_not_end_training(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data, out = write_rows(tmp_path / "m.csv"), tmp_path / "m.bitfit.safetensors"
+    code, _, err = run("train", "--base", base, "--data", data, "--text", "body", "--label",
+                       "mood", "--out", out, "--log", "/dev/full", *QUICK, "-q")  # fmt: skip
+    assert code == 0
+    assert err == (
+        "/dev/full: cannot be written: No space left on device; training goes on without it\n"
+    )
+    assert out.is_file()
 
 
 def test_ctrl_c_on_a_real_process(tmp_path: Path, base: str, run: Run) -> None:

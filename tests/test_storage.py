@@ -8,14 +8,17 @@ import stat
 import pytest
 import torch
 
-from bitfit.errors import BitfitError, CorruptTaskFile
+from bitfit.errors import BitfitError, CorruptTaskFile, NotWritten
 from bitfit.storage import (
     atomic_write,
     dump_json,
     pack_safetensors,
     parse_json,
     read_header,
+    unfinished_in,
     unpack_safetensors,
+    whole_file,
+    whole_folder,
 )
 
 
@@ -91,6 +94,67 @@ def test_write_onto_a_directory_or_below_a_file_is_an_error_with_the_path(tmp_pa
         with pytest.raises(BitfitError, match=str(path)):
             atomic_write(path, b"new")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_text_is_there_when_all_of_it_is_written_with_its_line_ends(tmp_path):
+    path = tmp_path / "text"
+
+    def write(*parts):
+        with whole_file(path, encoding="utf-8") as file:
+            for part in parts:
+                file.write(part)
+
+    write("é\n", "\r\n")
+    assert path.read_bytes() == "é\n\r\n".encode()
+    with pytest.raises(TypeError):
+        write("half", None)
+    assert path.read_bytes() == "é\n\r\n".encode()
+    assert os.listdir(tmp_path) == ["text"]
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_a_folder_that_was_not_written_to_its_end_is_as_it_was(tmp_path, failure):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "a").write_text("old")
+
+    def write(path):
+        with whole_folder(path, last="mark") as folder:
+            (folder / "a").write_text("new")
+            raise failure
+
+    for path in (old, new):
+        with pytest.raises(NotWritten if isinstance(failure, OSError) else KeyboardInterrupt):
+            write(path)
+    assert (old / "a").read_text() == "old"
+    assert os.listdir(old) == ["a"]
+    assert os.listdir(tmp_path) == ["old"]
+
+
+def test_a_folders_new_files_take_the_place_of_the_old_ones_and_the_mark_comes_last(
+    tmp_path, monkeypatch
+):
+    for name in ("a", "mark", "of the user"):
+        (tmp_path / name).write_text("old")
+    replace, seen = os.replace, []
+
+    def watch(source, target):
+        seen.append((os.path.basename(target), (tmp_path / "mark").exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    (tmp_path / ".unfinished-0a.tmp").mkdir()  # of one that was killed
+    with whole_folder(tmp_path, last="mark") as folder:
+        (folder / "z").mkdir()
+        for name in ("a", "mark", "z/b"):
+            (folder / name).write_text("new")
+        assert len(unfinished_in(tmp_path)) == 2
+    assert seen == [("a", False), ("b", False), ("mark", False)]
+    assert unfinished_in(tmp_path) == []
+    found = {
+        str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()
+    }
+    assert found == {"a": "new", "mark": "new", "z/b": "new", "of the user": "old"}
 
 
 def test_packing_is_exact_and_gives_the_same_bytes_in_any_order():

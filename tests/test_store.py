@@ -1,13 +1,15 @@
 """The directory of an experiment."""
 
+import errno
 import gzip
 import json
 import os
 import time
 
 import pytest
+from filelock import FileLock
 
-from bitfit.errors import BitfitError
+from bitfit.errors import BitfitError, NotWritten, TrainingInterrupted, UsageError
 from bitfit.experiments.store import STALE_SECONDS, Result, Store
 
 
@@ -96,6 +98,60 @@ def test_a_claim_of_a_killed_process_or_a_silent_host_is_not_alive(store):
     assert not store.claims()[0].is_alive
     store.beat("group")
     assert store.claims()[0].is_alive
+
+
+def test_a_claim_of_this_process_that_it_does_not_hold_is_not_alive(store, monkeypatch):
+    """A container that is started again has the host name and process ids of the killed one."""
+    store.claim("group", ["01"], 1)
+    assert Store(store.directory).claims()[0].is_alive
+    monkeypatch.setattr("bitfit.experiments.store._own", set())
+    assert not store.claims()[0].is_alive
+    store.claim("group", ["01"], 1)
+    assert store.claims()[0].is_alive
+
+
+def test_a_folder_that_fails_at_one_beat_is_no_end_of_them(store, monkeypatch):
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    store.claim("group", ["01"], 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", stale)
+        store.beat("group")
+    store.beat("group")
+
+
+def test_who_waits_for_the_lock_may_be_stopped(store):
+    asked = []
+
+    def should_stop():
+        asked.append(True)
+        return len(asked) == 2
+
+    with (
+        FileLock(store.directory / ".lock"),
+        pytest.raises(TrainingInterrupted, match="the same command with --resume goes on"),
+        store.lock(should_stop),
+    ):
+        raise AssertionError("another has it")
+    assert len(asked) == 2
+    with store.lock(lambda: True):  # nobody is waited for
+        pass
+
+
+def test_a_place_that_cannot_hold_a_directory_is_named(store, monkeypatch):
+    (store.directory / "file").write_text("")
+    for path in (store.directory / "file", store.directory / "file" / "below"):
+        with pytest.raises(UsageError, match="is a file or below one"), Store(path).lock():
+            pass
+
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(NotWritten, match="here: cannot be written: Permission denied"):
+        with store.lock():
+            pass
 
 
 def test_finished_runs_are_taken_over_from_another_experiment(store, tmp_path):

@@ -1,6 +1,7 @@
 """Sweeps: nothing is lost, nothing is made twice, and two processes may share the work."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import random
@@ -26,6 +27,7 @@ from bitfit.errors import (
     TrainingInterrupted,
     UsageError,
 )
+from bitfit.experiments import execute
 from bitfit.experiments.conditions import Conditions, choose_conditions
 from bitfit.experiments.dry_run import dry_run
 from bitfit.experiments.estimate import Clock
@@ -40,7 +42,8 @@ from bitfit.metrics import compute_metrics
 from bitfit.storage import pack_safetensors, unpack_safetensors
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import references
-from bitfit.training.train import CHECKPOINT_KEY, StepDone
+from bitfit.training.checkpoint import CHECKPOINT_KEY
+from bitfit.training.train import StepDone
 
 SECONDS = 600  # far more than it takes on a busy machine: what hangs fails
 
@@ -257,6 +260,91 @@ def test_a_failed_run_is_recorded_and_does_not_stop_the_others(checkpoint, data,
     assert again.made == len(failed)
 
 
+def spoil_task_file_of_rate(patch, rate, spoilt):
+    """Let the task file of the runs with one rate be made with ``spoilt(file)``."""
+    make = execute.make_task_file
+
+    def make_spoilt(trainer, lane, *arguments, **options):
+        file = make(trainer, lane, *arguments, **options)
+        return spoilt(file) if lane.config.learning_rate == rate else file
+
+    patch.setattr(execute, "make_task_file", make_spoilt)
+
+
+def with_nan(file):
+    """As of a run whose last step made NaN."""
+    return dataclasses.replace(
+        file, probes=[probe | {"logits": [math.nan] * 2} for probe in file.probes]
+    )
+
+
+def test_a_run_whose_result_cannot_be_made_fails_alone(checkpoint, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    grid = small_grid(checkpoint(), seeds=(0,), epochs=1).only(rows=["BitFit"])
+    with monkeypatch.context() as patch:
+        spoil_task_file_of_rate(patch, 1e-2, with_nan)
+        summary = Sweep(grid, out, Settings(data=data, lanes=3, threads=1)).run()
+    assert (summary.done, [r["config"]["learning_rate"] for r in summary.failed]) == (2, [1e-2])
+    assert "not JSON compliant" in summary.failed[0]["error"]
+    again = {"resume": True, "retry_failed": True}
+    summary = Sweep(grid, out, Settings(data=data, lanes=3, threads=1, **again)).run()
+    assert (summary.done, summary.failed, summary.made) == (3, [], 1)
+
+
+def test_a_disk_that_is_full_when_results_are_made_fails_no_run(
+    checkpoint, data, tmp_path, monkeypatch
+):
+    def full(file):
+        raise NotWritten("No space left on device")
+
+    out = tmp_path / "out"
+    grid = small_grid(checkpoint(), seeds=(0,), epochs=1).only(rows=["BitFit"])
+    with monkeypatch.context() as patch:
+        spoil_task_file_of_rate(patch, 1e-2, full)
+        with pytest.raises(NotWritten):
+            Sweep(grid, out, Settings(data=data, lanes=3, threads=1)).run()
+    assert Store(out).records() == []
+    assert list((out / "work").glob("*/state.checkpoint"))
+
+
+def test_a_dry_run_counts_failed_runs_that_are_to_be_made_again(checkpoint, data, tmp_path):
+    out = tmp_path / "out"
+    grid = small_grid(checkpoint(), seeds=(0,), epochs=1).only(rows=["BitFit"])
+    grid = replace(grid, rows=(replace(grid.rows[0], options={"terms": "query@7"}),))
+    settings = Settings(data=data, lanes=3, threads=1, resume=True)
+    assert len(Sweep(grid, out, settings).run().failed) == 3
+    planned = dry_run(grid, out, settings)
+    assert (planned["runs"], planned["finished"]) == (0, 3)
+    planned = dry_run(grid, out, replace(settings, retry_failed=True))
+    assert (planned["runs"], planned["finished"]) == (3, 0)
+
+
+def test_a_sweep_goes_on_with_what_its_host_and_process_id_left(
+    checkpoint, data, tmp_path, monkeypatch
+):
+    """As of a container that was killed and started again: nobody else will let go of it."""
+    out, steps = tmp_path / "out", []
+    grid = small_grid(checkpoint(), seeds=(0,), epochs=1).only(rows=["BitFit"])
+    settings = Settings(data=data, lanes=3, threads=1, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "let_go", lambda store, group: None)
+        with pytest.raises(TrainingInterrupted):
+            Sweep(grid, out, settings).run(steps.append, lambda: len(steps) > 3)
+    assert Store(out).claims()[0].is_alive
+    monkeypatch.setattr("bitfit.experiments.store._own", set())
+    events = []
+    summary = Sweep(grid, out, settings).run(events.append)
+    assert not any(isinstance(e, Waiting) for e in events)
+    assert (summary.done, summary.made) == (3, 3)
+
+
+def test_a_directory_that_is_a_file_is_no_place_for_a_sweep(checkpoint, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="is a file or below one"):
+            Sweep(small_grid(checkpoint()), out, Settings(data=data, threads=1))
+
+
 def test_a_full_disk_stops_the_sweep_and_fails_no_run(checkpoint, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     grid = small_grid(checkpoint(), seeds=(0,))
@@ -301,6 +389,10 @@ def without_what_it_says(note, tensors):
     note.clear()
 
 
+def with_a_lane_too_many(note, tensors):
+    note["slots"][-1] = 99
+
+
 def without_a_tensor(note, tensors):
     del tensors["mean.0"]
 
@@ -313,9 +405,10 @@ def with_other_sizes(note, tensors):
     "damage",
     [
         cut_off, changed(of_another_machine), changed(of_another_version),
-        changed(without_what_it_says), changed(without_a_tensor), changed(with_other_sizes),
+        changed(without_what_it_says), changed(with_a_lane_too_many), changed(without_a_tensor),
+        changed(with_other_sizes),
     ],
-    ids=["cut", "machine", "version", "note", "tensor", "size"],
+    ids=["cut", "machine", "version", "note", "lane", "tensor", "size"],
 )  # fmt: skip
 def test_a_state_that_cannot_be_used_is_left_and_its_group_begins_again(
     damage, finished, checkpoint, data, tmp_path

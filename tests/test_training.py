@@ -1,8 +1,11 @@
+import errno
 import json
 import math
+import os
 import shutil
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from bitfit.errors import (
     CheckpointRefused,
     DataError,
     NoBiases,
+    NotWritten,
     TrainingDiverged,
     TrainingInterrupted,
     UsageError,
@@ -27,6 +31,7 @@ from bitfit.heads import make_head
 from bitfit.tasks import Task, TextExample
 from bitfit.training import methods
 from bitfit.training.adamw import AdamW, learning_rate_at, step_size
+from bitfit.training.finetune import RunStarted
 from bitfit.training.lane import Lane, Split, choose_layout
 from bitfit.training.methods import RandomMethod, make_method, random_places
 from bitfit.training.outputs import calibrate
@@ -673,8 +678,11 @@ def test_a_checkpoint_that_is_not_resumed_is_kept_aside(checkpoint, tickets, tmp
     with pytest.raises(TrainingInterrupted):
         run(checkpoint, tickets, out=out, should_stop=lambda: True)
     state = (tmp_path / "task.checkpoint").read_bytes()
-    run(checkpoint, tickets, out=out, epochs=1, seed=9)
+    events = []
+    run(checkpoint, tickets, out=out, epochs=1, seed=9, on_event=events.append)
     assert (tmp_path / "task.checkpoint.old").read_bytes() == state
+    begun = next(event for event in events if isinstance(event, RunStarted))
+    assert begun.set_aside == tmp_path / "task.checkpoint.old"
     assert not (tmp_path / "task.checkpoint").exists()
 
 
@@ -800,6 +808,60 @@ def test_full_saves_an_ordinary_checkpoint_and_leaves_the_base(checkpoint, ticke
     tuned = AutoModel.from_pretrained(tmp_path / "full").state_dict()
     assert any(not torch.equal(tuned[k], before[k]) for k in before)
     assert bitfit.open_encoder(str(tmp_path / "full")).base.pooler is not None
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, "No space left on device"),
+     Exception("No space left on device (os error 28)")],
+    ids=["Python", "Rust"],
+)  # fmt: skip
+def test_a_full_disk_leaves_the_model_that_full_wrote_before(
+    failure, checkpoint, tickets, tmp_path, monkeypatch
+):
+    from transformers import PreTrainedTokenizerFast
+
+    def fill(tokenizer, folder):
+        (Path(folder) / "tokenizer.json").write_text('{"half":')
+        raise failure
+
+    out = tmp_path / "full"
+    options = {"out": out, "method": "full", "epochs": 1}
+    run(checkpoint, tickets, **options)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fill)
+    with pytest.raises(NotWritten, match="full: cannot be written: No space left on device"):
+        run(checkpoint, tickets, **options, seed=1)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert (tmp_path / "full.checkpoint").exists()  # to go on from, where there is space again
+    monkeypatch.undo()
+    run(checkpoint, tickets, **options, seed=1, resume=True)
+    assert (out / "head.safetensors").read_bytes() != before["head.safetensors"]
+
+
+def test_a_folder_that_full_was_killed_in_is_written_again(
+    checkpoint, tickets, tmp_path, monkeypatch
+):
+    replace, moved = os.replace, []
+
+    def killed(source, target):
+        if Path(source).parent.parent == out:
+            moved.append(target)
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    out = tmp_path / "full"
+    options = {"out": out, "method": "full", "epochs": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, tickets, **options)
+    assert not (out / "bitfit.json").exists()
+    run(checkpoint, tickets, **options, resume=True)
+    assert (out / "bitfit.json").is_file()
+    assert bitfit.open_encoder(str(out)).base.pooler is not None
+    assert not list(out.glob(".*"))
 
 
 def test_full_keeps_what_the_base_was_made_for(checkpoint, tickets, tmp_path):

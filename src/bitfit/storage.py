@@ -11,12 +11,13 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import safetensors.torch
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # A temporary file that is older than this is of a write that was killed.
 STALE_SECONDS = 3600
+# How the folder begins that a folder's new files are written into.
+_UNFINISHED = ".unfinished-"
 # What a file of another kind begins with.
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive, as torch.save writes (.bin, .pt); it may hold pickled code",
@@ -64,26 +67,114 @@ class Header:
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that after any failure the old file or the new one is there.
 
+    Raises:
+        NotWritten: as of :func:`whole_file`.
+    """
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: str | Path, encoding: str | None = None) -> Iterator[IO[Any]]:
+    """Open ``path`` for writing; it is there once all is written, or as it was before.
+
     A temporary file beside the target is written, synced and renamed. Missing folders are made.
+
+    Args:
+        path: where.
+        encoding: of text, whose line ends are written as they are; None: bytes are written.
 
     Raises:
         NotWritten: with the path and the system's reason (permission, no space, a directory).
     """
     target = Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
-    try:
+    mode, newline = ("xb", None) if encoding is None else ("x", "")
+    with writing(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write_synced(temporary, data)
+            with temporary.open(mode, encoding=encoding, newline=newline) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, target)
         except BaseException:  # Ctrl-C too must not leave the temporary file
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(target.parent)
-    except OSError as error:
-        raise NotWritten(f"{path}: cannot be written: {error.strerror or error}") from error
     with suppress(OSError):  # the file is written: what is left over may stay
         _remove_leftovers(target)
+
+
+@contextmanager
+def whole_folder(path: str | Path, last: str) -> Iterator[Path]:
+    """Yield an empty folder, whose files replace those of ``path`` once all of them are written.
+
+    They are moved there one by one: who is killed or fails just then leaves some of both, and the
+    folder that was yielded with the rest. Files of other names stay.
+
+    Args:
+        path: where; made if it is not there.
+        last: the file that is moved last. What has it is whole.
+
+    Raises:
+        NotWritten: with the path and the system's reason; ``path`` is as it was before, unless
+            what failed was a move.
+    """
+    target = Path(os.path.realpath(path))
+    # In the target, which may be of another file system than the folder that holds it.
+    temporary = target / f"{_UNFINISHED}{secrets.token_hex(6)}.tmp"
+    is_new = not target.exists()
+    with writing(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            names = _synced_files(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if is_new:
+                with suppress(OSError):
+                    target.rmdir()
+            raise
+        _move_files(names, temporary, target, last)
+        for left in unfinished_in(target):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def unfinished_in(folder: Path) -> list[Path]:
+    """Return the folders of new files that a killed :func:`whole_folder` left in ``folder``."""
+    return sorted(folder.glob(f"{_UNFINISHED}*.tmp"))
+
+
+def _synced_files(folder: Path) -> list[Path]:
+    """Return the files below a folder, relative to it; the loss of power leaves them whole."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return [path.relative_to(folder) for path in paths]
+
+
+def _move_files(names: Sequence[Path], source: Path, target: Path, last: str) -> None:
+    """Move files to the same places below another folder; ``last`` is gone meanwhile."""
+    (target / last).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: (str(name) == last, name)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / name, target / name)
+    _sync_folder(target)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around what writes to ``path``: what the system refuses there is a failure and no bug.
+
+    Raises:
+        NotWritten: with the path and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -96,13 +187,6 @@ def _remove_leftovers(target: Path) -> None:
     for path in target.parent.iterdir():
         if name.fullmatch(path.name) and path.lstat().st_mtime < written - STALE_SECONDS:
             path.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -29,6 +29,7 @@ from bitfit.experiments.submission import (
 )
 from bitfit.jsonable import jsonable
 from bitfit.model import Model, Prediction
+from bitfit.storage import whole_file
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import TextExample
 
@@ -203,8 +204,14 @@ class _Source:
         self.rows = self._rows()
 
     def begin(self) -> None:
-        """Read the first text, but not of standard input, which may be a keyboard."""
+        """Read the first text, but not of standard input, which may be a keyboard.
+
+        Raises:
+            UsageError: standard input is to be read, and there is none.
+        """
         if self.is_stdin:
+            if sys.stdin is None:  # closed by who started this process
+                raise UsageError("standard input is closed: give texts as arguments, or --input")
             return
         first = next(self.rows, None)
         if first is not None:
@@ -295,7 +302,7 @@ def _line(example: TextExample, answers: Sequence[Prediction], style: str) -> st
 
 
 def _sink(path: Path | None) -> Any:
-    return nullcontext(sys.stdout) if path is None else console.whole_file(path)
+    return nullcontext(sys.stdout) if path is None else whole_file(path, encoding="utf-8")
 
 
 class _Count:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
@@ -237,30 +235,3 @@ class Interruption:
         # Not print: the signal may have come in the middle of one.
         if is_main():
             os.write(2, b"\nstopping after this step and saving it; once more aborts at once\n")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[str]]:
-    """Open ``path`` for writing; it is there when all is written, or as it was before.
-
-    Raises:
-        BitfitError: it cannot be written.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = temporary.open("x", encoding="utf-8", newline="")
-    except OSError as problem:
-        raise BitfitError(f"{path}: cannot be written: {problem.strerror}") from problem
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException as problem:
-        temporary.unlink(missing_ok=True)
-        if isinstance(problem, OSError):
-            raise BitfitError(f"{path}: cannot be written: {problem.strerror}") from problem
-        raise

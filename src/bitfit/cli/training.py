@@ -6,6 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ from bitfit.jsonable import jsonable
 from bitfit.training.finetune import DataRead, Event, RunStarted, finetune
 from bitfit.training.lane import Lane
 from bitfit.training.outputs import MIN_CALIBRATION_ROWS, Outcome
+from bitfit.training.plan import checkpoint_path
 from bitfit.training.settings import PEFT_METHODS, ROW_METHODS
 from bitfit.training.train import EpochDone, StepDone
 
@@ -81,8 +83,14 @@ def _tell_kind(dataset: Dataset) -> None:
         )
 
 
-def _tell_place(out: Path, given: Mapping[str, Any]) -> None:
-    """Say where the file goes, and what it replaces; training is about to begin."""
+def _tell_place(out: Path, given: Mapping[str, Any], set_aside: Path | None) -> None:
+    """Say where the file goes, what it replaces, and what is left of an interrupted run.
+
+    Args:
+        out: the file.
+        given: the options.
+        set_aside: where a state is kept that is not gone on from.
+    """
     is_task = (given["method"] or "bitfit") in ROW_METHODS
     replaced = f"the {'task ' if is_task else ''}file" if out.is_file() else "what is"
     if given["out"] is None:
@@ -90,11 +98,14 @@ def _tell_place(out: Path, given: Mapping[str, Any]) -> None:
         console.note(f"writing to {out.resolve()}{there} (--out chooses another place)")
     elif out.exists():
         console.note(f"replaces {replaced} {out if out.is_file() else f'in {out}'}")
-    beside = sorted(out.parent.iterdir()) if out.parent.is_dir() else []
-    found = [p for p in beside if p.name.startswith(out.name) and p.suffix == ".checkpoint"]
-    if found and not given["resume"]:
-        console.note(f"{found[0]} of an interrupted run is replaced; --resume would go on from it")
-    if given["resume"] and not found:
+    state = checkpoint_path(out)
+    assert state is not None
+    if set_aside is not None:
+        console.note(
+            f"{state} of an interrupted run is kept as {set_aside}: --resume would have gone on "
+            "from it"
+        )
+    if given["resume"] and not state.exists():
         console.note(f"no checkpoint beside {out}: starting anew")
 
 
@@ -134,7 +145,8 @@ class Watch:
         if self.bar is not None:
             self.bar.stop()
         if self.log is not None:
-            self.log.close()
+            with suppress(OSError):  # each line was flushed
+                self.log.close()
         for board in self.boards.values():
             board.close()
 
@@ -160,7 +172,7 @@ class Watch:
             return
         if not self.place_is_told:
             self.place_is_told = True
-            _tell_place(self.out, self.given)
+            _tell_place(self.out, self.given, event.set_aside)
         console.note(_headline(event))
         if event.resumed_at:
             console.note(f"resumed at step {event.resumed_at} of {event.total_steps}")
@@ -214,8 +226,10 @@ class Watch:
         self._say(", ".join(part for part in parts if part))
 
     def _say(self, line: str) -> None:
-        if self.quiet:
-            return
+        if not self.quiet:
+            self._show(line)
+
+    def _show(self, line: str) -> None:
         # Above the bar, where there is one.
         if self.bar is not None:
             self.bar.console.print(line, soft_wrap=True)
@@ -223,22 +237,35 @@ class Watch:
             console.note(line)
 
     def _record(self, event: EpochDone) -> None:
-        lane = event.lane
         if self.log is not None:
-            line = {
-                "task": lane.task.name, "method": lane.config.method,
-                "learning_rate": lane.config.learning_rate, "seed": lane.config.seed,
-                "epoch": event.epoch, "step": event.step, "train_loss": event.train_loss,
-                "scores": event.scores, "is_best": event.is_best, "stopped": event.stopped,
-                "seconds": time.perf_counter() - self.began,
-            }  # fmt: skip
-            self.log.write(json.dumps(jsonable(line), allow_nan=False) + "\n")
-            self.log.flush()
+            self._write_log(self.log, event)
         if self.boards:
-            board = self.boards[lane.label]
+            board = self.boards[event.lane.label]
             board.add_scalar("train/epoch_loss", event.train_loss, event.step)
             for name, value in event.scores.items():
                 board.add_scalar(f"dev/{name}", value, event.step)
+
+    def _write_log(self, log: IO[str], event: EpochDone) -> None:
+        """Write an epoch's line; a log that takes no more is no reason to end a run."""
+        lane = event.lane
+        line = {
+            "task": lane.task.name, "method": lane.config.method,
+            "learning_rate": lane.config.learning_rate, "seed": lane.config.seed,
+            "epoch": event.epoch, "step": event.step, "train_loss": event.train_loss,
+            "scores": event.scores, "is_best": event.is_best, "stopped": event.stopped,
+            "seconds": time.perf_counter() - self.began,
+        }  # fmt: skip
+        try:
+            log.write(json.dumps(jsonable(line), allow_nan=False) + "\n")
+            log.flush()
+        except OSError as problem:
+            self.log = None
+            with suppress(OSError):  # it would write what is left in its buffer
+                log.close()
+            self._show(
+                f"{self.given['log']}: cannot be written: {problem.strerror or problem}; training "
+                "goes on without it"
+            )
 
     def _open_boards(self, lanes: Sequence[Lane]) -> None:
         if self.board_folder is None:

@@ -56,10 +56,10 @@ def dry_run(
     store = Store(directory)
     conditions = conditions_of(grid, store, settings)
     states = store.finished() if store.exists else {}
-    if states and Conditions.from_json(store.experiment()["conditions"]) != conditions:
-        states = {i: state for i, state in states.items() if state == "done"}  # it would move
+    if states and (settings.retry_failed or _moves(store, conditions)):
+        states = _done(states)  # what failed would be made again
     for other in settings.reuse:
-        states |= {i: state for i, state in Store(other).finished().items() if state == "done"}
+        states |= _done(Store(other).finished())
     finished = shared = 0
     planned = set() if planned is None else planned
     cut: list[str] = []
@@ -98,6 +98,14 @@ def dry_run(
         "missing_tasks": missing, "cut_sizes": cut,
         "conditions": conditions.to_json(),
     }  # fmt: skip
+
+
+def _moves(store: Store, conditions: Conditions) -> bool:
+    return Conditions.from_json(store.experiment()["conditions"]) != conditions
+
+
+def _done(states: Mapping[str, str]) -> dict[str, str]:
+    return {run_id: state for run_id, state in states.items() if state == "done"}
 
 
 def _all_runs(planner: Planner, states: Mapping[str, str]) -> tuple[list[Run], int]:

@@ -38,6 +38,11 @@ from bitfit.training.outputs import make_task_file
 from bitfit.training.settings import ROW_METHODS
 from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer
 
+# What fails a run and lets the sweep go on, but for the next two.
+_FAULTS = (BitfitError, RuntimeError, MemoryError, ValueError)
+# What is no fault of a run: being stopped, a full disk.
+_NO_FAULTS = (TrainingInterrupted, NotWritten)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -90,10 +95,10 @@ def run_group(
         try:
             work = _Work(group, material, store, conditions, lanes)
             results = work.done(on_event, should_stop)
-        except (TrainingInterrupted, NotWritten):  # a full disk is not the runs' fault
+        except _NO_FAULTS:
             raise
-        except (BitfitError, RuntimeError, MemoryError, ValueError) as error:
-            failed |= dict.fromkeys(lanes, f"{type(error).__name__}: {error}")
+        except _FAULTS as error:
+            failed |= dict.fromkeys(lanes, _told(error))
     lost = {r.record["id"]: r for r in failed_results(group, material, conditions, failed)}
     return [results[run.id] if run.id in results else lost[run.id] for run in group.runs]
 
@@ -191,13 +196,17 @@ class _Work:
         self.store.write_epoch(self.group.id, run_id, event.epoch, {"dev": predicted})
 
     def _result(self, run_id: str, lane: Lane) -> Result:
-        run = self.runs[run_id]
-        if lane.progress.dropped:
-            return Result(
-                record=_failed(run, self.material, self.conditions, lane.progress.dropped)
-            )
-        assert lane.dev is not None
-        return self._finished(run, lane, lane.dev)
+        """Return what a lane leaves: of one that fails now, by a NaN say, that it failed."""
+        run, error = self.runs[run_id], lane.progress.dropped
+        if not error:
+            assert lane.dev is not None
+            try:
+                return self._finished(run, lane, lane.dev)
+            except _NO_FAULTS:
+                raise
+            except _FAULTS as fault:
+                error = _told(fault)
+        return Result(record=_failed(run, self.material, self.conditions, error))
 
     def _finished(self, run: Run, lane: Lane, dev: Split) -> Result:
         began, trainer = time.perf_counter(), self.trainer
@@ -297,6 +306,10 @@ def _failed(run: Run, material: Material, conditions: Conditions, error: str) ->
         _about(run, material, conditions) | {"state": "failed", "error": error}
     )
     return found
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _machine(device: torch.device) -> str:

@@ -14,16 +14,17 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from bitfit.errors import BitfitError
-from bitfit.storage import atomic_write
+from bitfit.errors import BitfitError, TrainingInterrupted, UsageError
+from bitfit.storage import atomic_write, writing
 
 FORMAT = 1
 _EXPERIMENT_KEYS = ("name", "grid", "base", "rows", "tasks", "seeds", "conditions")
@@ -32,6 +33,11 @@ _RECORD_KEYS = ("id", "state", "row", "base", "task", "train_rows", "config")
 STALE_SECONDS = 600.0
 # How often a running process says so.
 HEARTBEAT_SECONDS = 60.0
+# How long to wait for the lock before asking again whether to stop.
+_GLANCE_SECONDS = 0.2
+# The claims that this process holds. Host name and process id do not tell it from all others: a
+# container that is started again has those of the one that was killed.
+_own: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,48 @@ class Store:
         """Whether an experiment was begun here."""
         return (self.directory / "experiment.json").is_file()
 
-    def lock(self) -> FileLock:
-        """Return a lock that one process at a time holds while it looks and claims."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.directory / ".lock")
+    @contextmanager
+    def lock(self, should_stop: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Hold the lock that one process at a time holds while it looks and claims.
+
+        Args:
+            should_stop: asked while another holds it.
+
+        Raises:
+            UsageError: the directory is a file, or below one.
+            NotWritten: it cannot be made or written to.
+            TrainingInterrupted: ``should_stop`` said so.
+        """
+        lock = FileLock(self.directory / ".lock")
+        self._make()
+        while not self._acquires(lock):
+            if should_stop is not None and should_stop():
+                raise TrainingInterrupted(
+                    f"stopped while another process looks for work in {self.directory}; the same "
+                    "command with --resume goes on from there"
+                )
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _make(self) -> None:
+        with writing(self.directory):
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise UsageError(
+                    f"{self.directory} is a file or below one; expected a directory, or the name "
+                    "of a new one"
+                ) from error
+
+    def _acquires(self, lock: FileLock) -> bool:
+        with writing(self.directory):
+            try:
+                lock.acquire(timeout=_GLANCE_SECONDS)
+            except Timeout:
+                return False
+        return True
 
     # ------------------------------------------------------------------ finished runs
 
@@ -240,16 +284,16 @@ class Store:
             "pid": os.getpid(),
         }
         _write_json(self._manifest(group), note)
+        _own.add(self._manifest(group).resolve())
 
     def beat(self, group: str) -> None:
         """Say that the process that claimed the group lives."""
-        try:
+        with suppress(OSError):  # a network folder that fails now may not at the next beat
             os.utime(self._manifest(group))
-        except FileNotFoundError:
-            return
 
     def release(self, group: str) -> None:
         """Remove the claim and all that the work left, once its results are written."""
+        _own.discard(self._manifest(group).resolve())
         self._manifest(group).unlink(missing_ok=True)
         shutil.rmtree(self.scratch(group), ignore_errors=True)
 
@@ -265,6 +309,7 @@ class Store:
 
     def let_go(self, group: str) -> None:
         """Leave a group as it stands, to be gone on with by whoever comes."""
+        _own.discard(self._manifest(group).resolve())
         if self.is_claimed_by(group, socket.gethostname(), os.getpid()):
             path = self._manifest(group)
             _write_json(path, _read_json(path) | {"host": "", "pid": 0})
@@ -318,7 +363,8 @@ def _claim(path: Path) -> list[tuple[Claim, float]]:
         return []
     alive = bool(note["host"]) and time.time() - since < STALE_SECONDS
     if note["host"] == socket.gethostname():
-        alive = alive and _is_running(note["pid"])
+        is_ours = note["pid"] == os.getpid()
+        alive = alive and (path.resolve() in _own if is_ours else _is_running(note["pid"]))
     claim = Claim(path.stem, note["runs"], note["lanes"], note["host"], note["pid"], alive)
     return [(claim, since)]
 

@@ -216,7 +216,7 @@ class Sweep:
         with connected(self.settings.ray):
             for base in self.grid.base:
                 self._run_base(base, tell, should_stop)
-        with self.store.lock():
+        with self.store.lock(should_stop):
             self.store.remove_leftovers()
         records = [r for r in self.store.records() if r["id"] in self._own]
         self.summary.done = sum(r["state"] == "done" for r in records)
@@ -273,7 +273,7 @@ class Sweep:
             while True:
                 others: list[Claim] = []
                 if executor.room:
-                    group, others = self._claim(planner, clock, left_out, held)
+                    group, others = self._claim(planner, clock, left_out, held, should_stop)
                     if group is not None:
                         tell(GroupStarted(group))
                         executor.submit(group)
@@ -328,40 +328,63 @@ class Sweep:
         return done, max(len(search) + len(repeats), done)
 
     def _claim(
-        self, planner: Planner, clock: Clock, left_out: dict[str, Run], held: Held
+        self,
+        planner: Planner,
+        clock: Clock,
+        left_out: dict[str, Run],
+        held: Held,
+        should_stop: Callable[[], bool] | None,
     ) -> tuple[Group | None, list[Claim]]:
-        """Return a group that is now ours; without one, the groups that others work on."""
-        with self.store.lock():
+        """Return a group that is now ours; without one, the groups that others work on.
+
+        Raises:
+            TrainingInterrupted: ``should_stop`` said so while another was looking.
+        """
+        with self.store.lock(should_stop):
             self._check_not_moved()
             claims = self.store.claims()
-            finished = self.store.finished()
             # Ours are alive though this machine slept longer than a claim lasts.
             alive = [c for c in claims if c.is_alive or c.group in held.groups]
-            for claim in (c for c in claims if c not in alive):
-                if all(run_id in finished for run_id in claim.runs):
-                    self.store.release(claim.group)  # killed between the last record and this
-                elif (runs := planner.find(claim.runs)) is not None:
-                    group = make_group(runs, claim.lanes)
-                    self._taken_over.add(group.id)
-                    self.store.claim(group.id, claim.runs, claim.lanes)
-                    held.add(group)
-                    return group, []
-            taken = [run_id for claim in alive for run_id in claim.runs]
+            group = self._take_over(planner, [c for c in claims if c not in alive])
+            if group is None:
+                taken = [run_id for claim in alive for run_id in claim.runs]
+                group = self._take_new(planner, clock, taken, left_out)
+            if group is not None:
+                self.store.claim(group.id, [run.id for run in group.runs], group.lanes)
+                held.add(group)
+                return group, []
             # Nothing here depends on groups of another base, or of rows that this grid lacks.
             own = {run.id for run in (*planner.search(), *planner.repeats())}
-            others = [c for c in alive if c.group not in held.groups and own & {*c.runs}]
-            while True:
-                stages = planner.waiting([*taken, *left_out])
-                runs = stages[0] or stages[1]
-                if not runs:
-                    return None, others
-                group = first_group(runs, lambda alike: self._lanes_for(alike, clock.material))
-                if self._fits(group, clock):
-                    ids = [run.id for run in group.runs]
-                    self.store.claim(group.id, ids, group.lanes)
-                    held.add(group)
-                    return group, []
-                left_out |= {run.id: run for run in group.runs}
+            return None, [c for c in alive if c.group not in held.groups and own & {*c.runs}]
+
+    def _take_over(self, planner: Planner, dead: Sequence[Claim]) -> Group | None:
+        """Return the first group of this grid that was begun by a process that is no more."""
+        finished = self.store.finished()
+        for claim in dead:
+            if all(run_id in finished for run_id in claim.runs):
+                self.store.release(claim.group)  # killed between the last record and this
+            elif (runs := planner.find(claim.runs)) is not None:
+                group = make_group(runs, claim.lanes)
+                self._taken_over.add(group.id)
+                return group
+        return None
+
+    def _take_new(
+        self, planner: Planner, clock: Clock, taken: Sequence[str], left_out: dict[str, Run]
+    ) -> Group | None:
+        """Return the first group that nobody has begun and that the time suffices for.
+
+        The runs of those that it does not suffice for are added to ``left_out``.
+        """
+        while True:
+            stages = planner.waiting([*taken, *left_out])
+            runs = stages[0] or stages[1]
+            if not runs:
+                return None
+            group = first_group(runs, lambda alike: self._lanes_for(alike, clock.material))
+            if self._fits(group, clock):
+                return group
+            left_out |= {run.id: run for run in group.runs}
 
     def _lanes_for(self, runs: Sequence[Run], material: Material) -> int:
         """Return how many runs of a task are trained side by side; measured once, and recorded."""

@@ -19,6 +19,7 @@ from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import TrainingInterrupted
 from bitfit.precision import PRECISIONS
 from bitfit.tasks import Task
+from bitfit.training.checkpoint import recorded_conditions
 from bitfit.training.lane import Lane, Split
 from bitfit.training.lane_count import choose_lane_count
 from bitfit.training.methods import make_method
@@ -33,7 +34,7 @@ from bitfit.training.plan import (
 )
 from bitfit.training.processes import Processes, join_processes, own_device
 from bitfit.training.settings import ROW_METHODS, SPAN_MAX_LENGTH, TrainConfig
-from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer, recorded_conditions
+from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class RunStarted:
     resumed_at: int
     """The step that a checkpoint goes on from, 0 for a fresh start."""
     total_steps: int
+    set_aside: Path | None
+    """Where the checkpoint of an earlier run is kept, which is not gone on from; None: none was."""
 
 
 Event: TypeAlias = DataRead | RunStarted | StepDone | EpochDone | LaneDropped
@@ -267,17 +270,18 @@ def _run(
     on_event: Callable[[Event], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> None:
+    set_aside = None
     if resume:
         trainer.resume()
     else:
-        trainer.set_aside_checkpoint()
+        set_aside = trainer.set_aside_checkpoint()
     processes = trainer.processes
     processes.check_same(json.dumps([trainer.identity, trainer.steps], sort_keys=True))
     if on_event is not None:
         on_event(RunStarted(
             trainer.encoder, trainer.lanes, len(trainer.slots),
             trainer.method.encoder_count(trainer.lanes[0].layout), trainer.steps,
-            trainer.total_steps,
+            trainer.total_steps, set_aside,
         ))  # fmt: skip
     for event in trainer.run():
         if on_event is not None:

@@ -26,21 +26,25 @@ from bitfit.calibration import (
     probabilities,
 )
 from bitfit.data import Dataset
+from bitfit.encoder import Encoder
 from bitfit.heads import word_labels
 from bitfit.inference import Logits, TaskHead, compute_logits
 from bitfit.metrics import indicator, majority_score
 from bitfit.model import probe_examples
 from bitfit.rounding import StorageType
-from bitfit.storage import atomic_write, pack_safetensors
+from bitfit.storage import atomic_write, pack_safetensors, whole_folder
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task, references
 from bitfit.training.adapters import AdapterMethod
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import FullMethod, RowMethod
+from bitfit.training.plan import CHECKPOINT_MARK
 from bitfit.training.train import Trainer
 
 # With fewer, one wrong answer moves the calibration error by more than what is to be measured.
 MIN_CALIBRATION_ROWS = 50
+# Where sentence-transformers says what a base was made for.
+_POOLING = "1_Pooling/config.json"
 # What a task answers to these is kept in its file, so that any machine can prove that it works.
 # They are neutral on purpose: a file must not carry its user's texts.
 _PROBE_TEXTS = (
@@ -279,36 +283,56 @@ def save_outcome(out: Path, trainer: Trainer, file: TaskFile) -> None:
         atomic_write(out, pack_safetensors(method.named() | heads, "bitfit_adapter", note))
         return
     if isinstance(method, FullMethod):
-        base = trainer.encoder.base
-        out.mkdir(parents=True, exist_ok=True)
-        base.config.save_pretrained(out)
-        base.tokenizer.save_pretrained(out)
-        tensors = encoder_tensors(trainer.encoder.model, trainer.encoder.pooler)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        atomic_write(out / "model.safetensors", pack_safetensors(tensors, "format", "pt"))
-        _save_pooling(out / "1_Pooling" / "config.json", base)
-        atomic_write(out / "head.safetensors", pack_safetensors(file.head, "bitfit_run", note))
-        atomic_write(out / "bitfit.json", note.encode())
+        with whole_folder(out, last=CHECKPOINT_MARK) as folder:
+            _save_model(folder, trainer.encoder, replaces_pooling=(out / _POOLING).exists())
+            (folder / "head.safetensors").write_bytes(
+                pack_safetensors(file.head, "bitfit_run", note)
+            )
+            (folder / CHECKPOINT_MARK).write_bytes(note.encode())
         return
     values = {f"values.{name}": numbers.cpu() for name, numbers in method.named().items()}
     chosen = values | {f"indices.{name}": index.cpu() for name, index in method.places.items()}
     atomic_write(out, pack_safetensors(chosen | heads, "bitfit_random", note))
 
 
-def _save_pooling(path: Path, base: Base) -> None:
-    """Write what the base was made for as sentence-transformers does, where its tensors do not say.
+def _save_model(folder: Path, encoder: Encoder, *, replaces_pooling: bool) -> None:
+    """Write a base with the numbers that it has now.
 
-    Without it a checkpoint with a pooler is made for that, and one without for [CLS].
+    Args:
+        folder: where.
+        encoder: the base.
+        replaces_pooling: whether a pooling's file, of an earlier run, is there to be replaced.
     """
-    if base.pooling == ("pooler" if base.pooler is not None else "cls"):
-        path.unlink(missing_ok=True)  # of an earlier run, on another base
-        return
+    base = encoder.base
+    base.config.save_pretrained(folder)
+    _save_tokenizer(base.tokenizer, folder)
+    tensors = encoder_tensors(encoder.model, encoder.pooler)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    (folder / "model.safetensors").write_bytes(pack_safetensors(tensors, "format", "pt"))
+    # Without it a checkpoint with a pooler is made for that, and one without for [CLS].
+    says_itself = base.pooling == ("pooler" if base.pooler is not None else "cls")
+    if replaces_pooling or not says_itself:
+        _save_pooling(folder / _POOLING, base)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the Rust library knows no OSError
+        if type(error) is not Exception or "(os error" not in str(error):
+            raise
+        raise OSError(str(error)) from error
+
+
+def _save_pooling(path: Path, base: Base) -> None:
+    """Write what the base was made for as sentence-transformers does."""
     modes = {
         "word_embedding_dimension": base.config.hidden_size,
         "pooling_mode_cls_token": base.pooling == "cls",
         "pooling_mode_mean_tokens": base.pooling == "mean",
     }
-    atomic_write(path, json.dumps(modes).encode())
+    path.parent.mkdir()
+    path.write_text(json.dumps(modes), encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,8 +12,12 @@ from bitfit.data import DataConfig
 from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
 from bitfit.rounding import StorageType
+from bitfit.storage import unfinished_in
 from bitfit.training.adapters import check_installed
 from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
+
+# The file by which a folder is known as one that ``full`` wrote; the last that it writes.
+CHECKPOINT_MARK = "bitfit.json"
 
 
 def plan_run(
@@ -89,7 +93,7 @@ def check_out(out: str | Path | None, storage: str, config: TrainConfig) -> None
             )
     elif path.is_file():
         raise UsageError(f"{path} is a file; --method full writes a directory")
-    elif path.is_dir() and any(path.iterdir()) and not (path / "bitfit.json").is_file():
+    elif path.is_dir() and any(path.iterdir()) and not _is_our_folder(path):
         raise UsageError(f"{path} exists and is no checkpoint of bitfit's: take another --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +106,11 @@ def _is_ours(path: Path) -> bool:
     with path.open("rb") as file:
         begin = file.read(4096)
     return begin[8:9] == b"{" and b'"bitfit' in begin
+
+
+def _is_our_folder(path: Path) -> bool:
+    """Whether ``full`` wrote a folder, or was killed while it did."""
+    return (path / CHECKPOINT_MARK).is_file() or bool(unfinished_in(path))
 
 
 def check_dtype(encoder: Encoder, dtype: str) -> None:

@@ -24,16 +24,16 @@ from torch import Tensor
 from bitfit.batches import Batch, pack
 from bitfit.dropout import DropoutBits, StepDropout
 from bitfit.encoder import Encoder
-from bitfit.errors import CheckpointRefused, TrainingDiverged
+from bitfit.errors import TrainingDiverged
 from bitfit.fused_dropout import FusedDropout, has_kernels
 from bitfit.heads import logits_shape, read_predictions
 from bitfit.inference import Logits, TaskHead, compute_logits
 from bitfit.leaves import Masks
 from bitfit.metrics import compute_metrics
-from bitfit.storage import atomic_write, pack_safetensors, unpack_safetensors
 from bitfit.tasks import Task, references
 from bitfit.training.adamw import AdamW, learning_rate_at, step_size
-from bitfit.training.lane import Lane, Progress, Share, Split
+from bitfit.training.checkpoint import State, read_state, write_state
+from bitfit.training.lane import Lane, Share, Split
 from bitfit.training.losses import Pass
 from bitfit.training.methods import Method
 from bitfit.training.processes import ALONE, Processes
@@ -348,8 +348,6 @@ class Trainer:
         """Put the kept epoch's numbers of a finished run in slot 0, to evaluate and save them."""
         self.method.write(0, lane.best)
 
-    # Checkpoints: the trained tensors, the optimizer's two, each lane's best, and the progress.
-
     def save(self) -> None:
         """Write the state, atomically; the loss of power costs at most the steps since then."""
         began = time.monotonic()
@@ -361,12 +359,9 @@ class Trainer:
     def _write(self, checkpoint: Path) -> None:
         for lane in self.lanes:
             lane.read_losses()
-        note = {
-            "identity": self.identity, "slots": self.slots, "next_lane": self.next_lane,
-            "progress": [vars(lane.progress) for lane in self.lanes],
-        }  # fmt: skip
-        data = pack_safetensors(self._state(), CHECKPOINT_KEY, json.dumps(note))
-        atomic_write(checkpoint, data)
+        progress, best = [lane.progress for lane in self.lanes], [lane.best for lane in self.lanes]
+        state = State(self.slots, self.next_lane, progress, best, self._moving())
+        write_state(checkpoint, self.identity, state)
 
     def resume(self) -> bool:
         """Go on from the checkpoint where there is one; return whether there was.
@@ -377,46 +372,32 @@ class Trainer:
         """
         if self.checkpoint is None or not self.checkpoint.exists():
             return False
-        tensors, note = _read_checkpoint(self.checkpoint)
-        mine, its = self.identity, note["identity"]
-        differs = [key for key in mine | its if mine.get(key) != its.get(key)]
-        if differs:
-            raise CheckpointRefused(
-                f"{self.checkpoint} is of another run: {', '.join(differs)} differ(s). Repeat the "
-                "command as it was, or delete the file to start anew"
-            )
-        moving = self._moving()
-        try:
-            slots, next_lane = note["slots"], note["next_lane"]
-            progress = [Progress(**fields) for fields in note["progress"]]
-            fits = all(tensors[name].shape == own.shape for name, own in moving.items())
-            fits &= all(f"best.{number}.0" in tensors for number in range(next_lane))
-        except (KeyError, TypeError) as error:
-            raise _damaged(self.checkpoint, repr(error)) from None
-        if not fits or (len(slots), len(progress)) != (len(self.slots), len(self.lanes)):
-            raise _damaged(self.checkpoint, "it holds other numbers than these runs train")
-        self.slots, self.next_lane = slots, next_lane
-        for number, lane in enumerate(self.lanes):
-            lane.progress = progress[number]
+        state = read_state(
+            self.checkpoint, self.identity, moving=self._moving(), numbers=self.method.read(0),
+            slots=len(self.slots), lanes=len(self.lanes),
+        )  # fmt: skip
+        self._take(state)
+        return True
+
+    def _take(self, state: State) -> None:
+        """Go on from a state that was checked."""
+        self.slots, self.next_lane = state.slots, state.next_lane
+        for lane, progress, best in zip(self.lanes, state.progress, state.best, strict=True):
+            lane.progress = progress
             lane.forget_losses()
-            places = [name for name in tensors if name.startswith(f"best.{number}.")]
-            lane.best = [
-                tensors[f"best.{number}.{i}"].to(self.encoder.device) for i in range(len(places))
-            ]
+            lane.best = [tensor.to(self.encoder.device) for tensor in best]
         for slot, lane in self._running():
             self.method.begin(slot, lane.layout, lane.head, lane.config.seed)
         with torch.no_grad():
-            for name, tensor in moving.items():
-                tensor.copy_(tensors[name])
+            for name, tensor in self._moving().items():
+                tensor.copy_(state.moving[name])
         self.method.moved()
-        return True
 
-    def set_aside_checkpoint(self) -> None:
-        """Keep the checkpoint of an earlier run that is not resumed, under another name."""
-        if self.checkpoint is None or not self.processes.is_main:
-            return
-        if self.checkpoint.exists():
-            self.checkpoint.replace(f"{self.checkpoint}.old")
+    def set_aside_checkpoint(self) -> Path | None:
+        """Keep the checkpoint of an earlier run that is not resumed; return where, if any was."""
+        if self.checkpoint is None or not self.processes.is_main or not self.checkpoint.exists():
+            return None
+        return self.checkpoint.replace(f"{self.checkpoint}.old")
 
     def _moving(self) -> dict[str, Tensor]:
         groups = {
@@ -430,14 +411,6 @@ class Trainer:
             for i, tensor in enumerate(tensors)
         }
 
-    def _state(self) -> dict[str, Tensor]:
-        best = {
-            f"best.{number}.{i}": tensor
-            for number, lane in enumerate(self.lanes)
-            for i, tensor in enumerate(lane.best)
-        }
-        return self._moving() | best
-
 
 def _common(identities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join what several runs depend on: a value where all agree, else one for each run."""
@@ -446,41 +419,6 @@ def _common(identities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [identity[key] for identity in identities]
         joined[key] = values[0] if all(v == values[0] for v in values) else values
     return joined
-
-
-def recorded_conditions(checkpoint: Path | None) -> dict[str, Any]:
-    """Return what a checkpoint's run depended on (``dtype``, ``threads``, ...); empty without one.
-
-    Raises:
-        CheckpointRefused: the checkpoint is damaged.
-    """
-    if checkpoint is None or not checkpoint.exists():
-        return {}
-    return dict(_read_checkpoint(checkpoint)[1]["identity"])
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, text = unpack_safetensors(
-        path.read_bytes(), CHECKPOINT_KEY, source=str(path), what="checkpoint",
-        max_header=_MAX_HEADER, error=CheckpointRefused,
-    )  # fmt: skip
-    try:
-        note = json.loads(text)
-        if isinstance(note["identity"], dict):
-            return tensors, note
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise _damaged(path, "what it says of its runs cannot be read")
-
-
-def _damaged(path: Path, what: str) -> CheckpointRefused:
-    return CheckpointRefused(f"{path} is no state to go on from ({what}): delete it to start anew")
-
-
-CHECKPOINT_KEY = "bitfit_checkpoint"
-# The header holds every epoch of every lane, some 150 bytes each: 1,024 lanes of 100 epochs, and
-# far less than the tensors behind it.
-_MAX_HEADER = 64 << 20
 
 
 def score_logits(task: Task, split: Split, logits: Sequence[Logits]) -> dict[str, float]:
