@@ -96,11 +96,14 @@ class DummyShelf:
     def begin_after(self, name, version):
         self.numbers[name] = max(self.numbers.get(name, 0), version)
 
-    def rollback(self, name):
+    def rollback(self, name, *, is_undo=False):
         self.info(name)
         if len(self.versions[name]) < 2:
             raise UsageError("no version before")
-        return self.put(name, self.versions[name][-2][1])
+        before = self.versions[name][-2][1]
+        if is_undo:
+            self.versions[name].clear()
+        return self.put(name, before)
 
     def remove(self, name):
         self.info(name)

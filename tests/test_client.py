@@ -22,7 +22,7 @@ from bitfit.client import (
     UnknownTaskOnServer,
     Unreachable,
 )
-from bitfit.errors import BitfitError, MissingExtra, UnknownTask
+from bitfit.errors import BitfitError, MissingExtra, UnknownTask, UsageError
 
 
 def with_server(check, keys=None, key=None, **options):
@@ -207,6 +207,9 @@ def test_a_broken_connection_repeats_only_what_may_be_repeated(pauses):
         (httpx.Response(200, text="<html>"), ServerError, "bad_answer"),
         (httpx.Response(200, json={"hello": 1}), ServerError, "bad_answer"),
         (httpx.Response(200, json=[]), ServerError, "bad_answer"),
+        (httpx.Response(200, json={"answers": []}), ServerError, "bad_answer"),
+        (httpx.DecodingError("no gzip"), ServerError, "bad_answer"),
+        (httpx.TooManyRedirects("20 of them"), ServerError, "bad_answer"),
     ],
 )  # fmt: skip
 def test_other_answers_are_errors_with_a_code(response, kind, code):
@@ -215,6 +218,37 @@ def test_other_answers_are_errors_with_a_code(response, kind, code):
         client.predict([("a", "b")])
     assert caught.value.code == code
     assert isinstance(caught.value, BitfitError)
+
+
+def test_fewer_answers_than_texts_are_an_error():
+    client, _ = scripted(fine(), httpx.Response(200, json={"answers": []}))
+    for ask in (lambda: client.predict([("a", "b")] * 2), lambda: client.predict_one("a", "b")):
+        with pytest.raises(ServerError, match="not that of a bitfit server") as caught:
+            ask()
+        assert caught.value.code == "bad_answer"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_what_is_no_address_is_an_error_of_ours(kind):
+    with pytest.raises(UsageError, match=r"'http://\[::1' is no address of a server"):
+        kind("http://[::1")
+
+
+def test_a_name_that_no_address_can_have_is_an_error_of_ours():
+    client, script = scripted()
+    with pytest.raises(ServerError) as caught:
+        client.delete("a" * 100_000)
+    assert caught.value.code == "bad_input"
+    assert not script.requests
+
+
+@pytest.mark.parametrize("headers", [{"X-Tenant": "a"}, [("authorization", "other")], None])
+def test_headers_of_ones_own_leave_the_key(headers):
+    client, script = scripted(fine(), key="secret-0123456789", headers=headers)
+    client.predict([("a", "b")])
+    sent = script.requests[0].headers
+    assert sent.get_list("authorization") == ["Bearer secret-0123456789"]
+    assert sent.get("x-tenant") == ("a" if isinstance(headers, dict) else None)
 
 
 def test_names_are_quoted():

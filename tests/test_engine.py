@@ -1,11 +1,13 @@
 import functools
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import WORDS, make_task
@@ -17,6 +19,7 @@ from bitfit.errors import BitfitError, UnknownTask, UsageError
 from bitfit.serve import engine as engine_module
 from bitfit.serve.answers import merge_entities
 from bitfit.serve.engine import Engine, Item, Ready
+from bitfit.serve.failures import NotFinite
 from bitfit.serve.shelf import FINGERPRINT, Shelf
 
 KINDS = {
@@ -201,6 +204,26 @@ def test_an_item_that_fails_stands_in_its_place_and_holds_nothing(engines):
     shelf = engine.shelf
     assert all(version.leases == 0 for version in shelf._current.values())
     assert engine.answer([]) == []
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel", "regression", "tokens", "span"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_answer_that_is_not_finite_is_an_error_of_its_item_alone(open_tiny, kind, packed):
+    encoder = open_tiny("bert", packed=packed)
+    shelf = Shelf(encoder)
+    shelf.put("good", make_task(encoder, "good", seed=1))
+    labels = {"multilabel": ("x", "y"), "tokens": ("O", "B-p")}.get(kind, ())
+    huge = make_task(encoder, "huge", kind=kind, seed=2, **({"labels": labels} if labels else {}))
+    shelf.put("huge", replace(huge, bias=torch.full_like(huge.bias, 3e38)))
+    engine = Engine(shelf)
+    good = Item("good", "the good bike was late")
+    huge = Item("huge", "a bad film", "the good bike was late" if kind == "span" else None)
+    (alone,) = ask(engine, [good])
+    beside, failed = ask(engine, [good, huge])
+    assert beside.result["confidence"] == pytest.approx(alone.result["confidence"], abs=1e-5)
+    assert isinstance(failed, NotFinite)
+    assert "'huge'" in str(failed)
+    assert shelf.resident == 2
 
 
 def test_equal_texts_are_tokenized_once(engines):

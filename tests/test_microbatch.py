@@ -256,6 +256,29 @@ def test_a_request_beyond_its_deadline_is_given_up_at_once():
     assert machine.computed == [1]
 
 
+@pytest.mark.parametrize("error", [None, TimeoutError("its own")])
+def test_what_comes_just_as_the_deadline_rings_is_the_answer(error):
+    async def compute(payloads):
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        loop.call_at(0.09, done.set_result, None)
+        loop.call_at(0.09, setattr, loop, "now", 0.2)  # others held the loop meanwhile
+        await done
+        if error is not None:
+            raise error
+        return payloads
+
+    queue = MicroBatcher(compute, LIMITS)
+
+    async def main():
+        queue.start()
+        found = await asyncio.gather(ask(queue, [(1, 64)], 0.1), return_exceptions=True)
+        await queue.drain()
+        return found
+
+    assert run(main()) == [[(1, 64)] if error is None else error]
+
+
 @pytest.mark.parametrize(
     ("limits", "accepted", "message"),
     [

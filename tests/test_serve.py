@@ -11,8 +11,10 @@ import socket
 import threading
 import tracemalloc
 import weakref
+from dataclasses import replace
 
 import pytest
+import torch
 from serving import (
     KEYS,
     MANAGE,
@@ -30,13 +32,17 @@ from test_taskfile import GOOD, forge
 import bitfit
 from bitfit.errors import UsageError
 from bitfit.identity import BaseIdentity
+from bitfit.serve import app, uploads
 from bitfit.serve.assets import read_assets
 from bitfit.serve.auth import Keys, check_bind
+from bitfit.serve.edge import dump
 from bitfit.serve.engine import Item
+from bitfit.serve.failures import NotFinite
 from bitfit.serve.metrics import OTHER, Metrics
 from bitfit.serve.run import listen
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.uploads import Uploads
+from bitfit.storage import atomic_write
 
 # --- answers --------------------------------------------------------------------------------------
 
@@ -95,6 +101,104 @@ def test_texts_that_do_not_fit_are_errors_of_their_items():
         assert [a["error"]["code"] for a in answers] == ["bad_input", "too_long", "too_long"]
 
     in_site(check, max_text_chars=40, max_item_tokens=8)
+
+
+def test_a_task_of_numbers_that_are_too_large_fails_alone_and_can_be_looked_at():
+    huge = task_file("huge")
+    huge = replace(huge, bias=torch.full_like(huge.bias, 3e38))
+
+    async def check(site, client):
+        answer = site.engine._answer
+
+        def fail(one):
+            found = answer(one)
+            return NotFinite("not finite") if one.item.task == "huge" else found
+
+        site.engine._answer = fail
+        assert (await client.put("/v1/tasks/huge", content=huge.to_bytes())).status_code == 201
+        response = await client.post("/v1/predict", json=ask(("huge", "a"), ("mood", "b")))
+        failed, answered = response.json()["answers"]
+        assert (response.status_code, failed["error"]["code"]) == (200, "not_finite")
+        assert answered["result"]["label"] == "b"
+        for path in ("/v1/tasks/huge", "/v1/compare?a=huge&b=mood"):
+            assert (await client.get(path)).status_code == 200
+
+    in_site(check)
+
+
+def scored(site):
+    """Let the engine of ``site`` give the scores that it is asked for."""
+    answer = site.engine._answer
+
+    def with_scores(one):
+        scores = [{"label": str(i), "score": 1 / (i + 1)} for i in range(one.scores)]
+        found = answer(one)
+        return replace(found, result=found.result | {"scores": scores})
+
+    site.engine._answer = with_scores
+
+
+def test_more_scores_than_the_limit_are_refused_before_they_are_computed():
+    async def check(site, client):
+        scored(site)
+        many = task_file("many", labels=tuple("abcdefgh"))
+        assert (await client.put("/v1/tasks/many", content=many.to_bytes())).status_code == 201
+        body = ask(("many", "a"), ("many", "b"), ("mood", "c"), ("nothing", "d"))
+        response = await client.post("/v1/predict", json=body)
+        error = error_of(response)
+        assert (response.status_code, error["code"]) == (422, "too_many_scores")
+        assert error["message"].startswith("18 scores would be answered, at most 17 are allowed")
+        assert "top_k" in error["message"]
+        assert error["details"] == {"limit": 17}
+        assert not site.engine.batches
+        body["items"][1]["top_k"] = 7
+        answers = (await client.post("/v1/predict", json=body)).json()["answers"]
+        assert [len(a["result"]["scores"]) for a in answers[:3]] == [8, 7, 2]
+
+    in_site(check, max_scores=17)
+
+
+def test_a_large_answer_is_the_same_and_keeps_nobody_waiting(monkeypatch):
+    threads = set()
+
+    def noted(value):
+        threads.add(threading.current_thread())
+        return dump(value)
+
+    async def check(site, client):
+        scored(site)
+        body = ask(("mood", "a \u00e9"), ("nothing", "b"), ("topic", "c"))
+        small = await client.post("/v1/predict", json=body)
+        assert threads == {threading.main_thread()}
+        threads.clear()
+        monkeypatch.setattr(app, "LARGE", 4)
+        large = await client.post("/v1/predict", json=body)
+        assert threads
+        assert threading.main_thread() not in threads
+        assert large.headers["content-type"] == small.headers["content-type"]
+        assert large.json() | {"ms": 0} == small.json() | {"ms": 0}
+
+    monkeypatch.setattr(app, "dump", noted)
+    in_site(check)
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "path", "status"),
+    [
+        (None, "POST", "/v1/predict", 401),
+        (PREDICT, "PUT", "/v1/tasks/mood", 403),
+        (MANAGE, "POST", "/nowhere", 404),
+    ],
+)
+def test_an_error_before_the_body_was_read_ends_the_connection(key, method, path, status):
+    async def check(site, _):
+        async with site.client(key) as client:
+            response = await client.request(method, path, content=b" " * 100)
+            assert (response.status_code, response.headers["connection"]) == (status, "close")
+            response = await client.request(method, path)
+            assert "connection" not in response.headers
+
+    in_site(check, KEYS)
 
 
 @pytest.mark.parametrize(
@@ -759,6 +863,47 @@ def test_what_cannot_be_kept_is_not_served(tmp_path, monkeypatch):
         response = await client.put("/v1/tasks/new", content=GOOD)
         assert response.status_code == 500
         assert "new" not in site.shelf.versions
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+    in_site(check, uploads=Uploads(tmp_path))
+
+
+def test_a_replacement_that_cannot_be_kept_leaves_the_version_before_and_no_file(
+    tmp_path, monkeypatch
+):
+    other = task_file("new", labels=("no", "yes")).to_bytes()
+
+    async def check(site, client):
+        def fail(*_, **__):
+            raise bitfit.BitfitError("no space left")
+
+        before = (await client.put("/v1/tasks/new", content=GOOD)).json()
+        files = set(tmp_path.rglob("*.safetensors"))
+        with monkeypatch.context() as full:
+            full.setattr(site.service.changes.uploads, "record", fail)
+            for content in (other, GOOD):  # what is kept already stays
+                assert (await client.put("/v1/tasks/new", content=content)).status_code == 500
+                assert site.shelf.info("new").fingerprint == before["fingerprint"]
+                assert set(tmp_path.rglob("*.safetensors")) == files
+        # What was refused cannot come back.
+        assert (await client.post("/v1/tasks/new/rollback")).status_code == 409
+
+    in_site(check, uploads=Uploads(tmp_path))
+
+
+def test_a_file_that_the_list_has_stays_though_its_recording_was_told_to_fail(
+    tmp_path, monkeypatch
+):
+    async def check(site, client):
+        def fail(path, data):
+            atomic_write(path, data)
+            if path.name == "tasks.json":
+                raise bitfit.BitfitError("the folder cannot be synced")
+
+        monkeypatch.setattr(uploads, "atomic_write", fail)
+        assert (await client.put("/v1/tasks/new", content=GOOD)).status_code == 500
+        ((digest,),) = [entry.files for entry in Uploads(tmp_path).entries().values()]
+        assert Uploads(tmp_path).path(digest).exists()
 
     in_site(check, uploads=Uploads(tmp_path))
 
@@ -771,8 +916,10 @@ def test_a_rollback_that_cannot_be_kept_is_undone(tmp_path, monkeypatch):
         for file in (GOOD, task_file("new", labels=("no", "yes")).to_bytes()):
             now = (await client.put("/v1/tasks/new", content=file)).json()
         monkeypatch.setattr(site.service.changes.uploads, "record", fail)
+        files = set(tmp_path.rglob("*.safetensors"))
         assert (await client.post("/v1/tasks/new/rollback")).status_code == 500
         assert site.shelf.info("new").fingerprint == now["fingerprint"]
+        assert set(tmp_path.rglob("*.safetensors")) == files
 
     in_site(check, uploads=Uploads(tmp_path))
 

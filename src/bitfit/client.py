@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import quote
 
-from bitfit.errors import BitfitError, MissingExtra, UnknownTask
+from bitfit.errors import BitfitError, MissingExtra, UnknownTask, UsageError
 
 if TYPE_CHECKING:
     import httpx
+
+C = TypeVar("C")
 
 LONGEST_PAUSE = 30.0
 """Seconds that a client waits at most before it asks again."""
@@ -181,6 +183,11 @@ class _Call:
     params: Mapping[str, Any] | None = None
     repeatable: bool = True
 
+    def request(self) -> dict[str, Any]:
+        """Return it as httpx takes it."""
+        names = ("json", "content", "params")
+        return {"method": self.method, "url": self.path} | {n: getattr(self, n) for n in names}
+
 
 class _Base:
     """What both clients share: what is sent, how it is read, when it is sent again."""
@@ -200,34 +207,48 @@ class _Base:
             raise MissingExtra("bitfit.client", "client") from None
         self._httpx: Any = httpx
         self._retries = retries
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._url = url
+        headers = httpx.Headers(options.pop("headers", None))
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
         self._options = {"base_url": url, "headers": headers, "timeout": timeout} | options
+        self._failures = (httpx.RequestError, httpx.InvalidURL)
 
-    def _pause(self, attempt: int, response: httpx.Response | None) -> float | None:
-        """Return the seconds before the next try; None: there is none."""
-        if attempt >= self._retries:
+    def _open(self, kind: Callable[..., C]) -> C:
+        try:
+            return kind(**self._options)
+        except self._httpx.InvalidURL as error:
+            raise UsageError(f"{self._url!r} is no address of a server: {error}") from error
+
+    def _settle(
+        self, call: _Call, attempt: int, outcome: httpx.Response | Exception
+    ) -> float | None:
+        """Return the seconds before the next try; None: the response is to be taken.
+
+        Raises:
+            ServerError: there is no response, and no next try.
+        """
+        if isinstance(outcome, Exception):
+            if attempt >= self._retries or not self._may_repeat(call, outcome):
+                raise self._failure(outcome) from outcome
+            return _pause(attempt)
+        if attempt >= self._retries or outcome.status_code not in (429, 503):
             return None
-        if response is None:
-            asked = 0.0
-        elif response.status_code in (429, 503):
-            text = response.headers.get("retry-after", "")
-            asked = float(text) if text.isdecimal() else 0.0
-        else:
-            return None
-        backoff = 0.1 * 2.0**attempt
-        # Spread, so that clients that were refused together do not come back together.
-        return min(LONGEST_PAUSE, max(asked, backoff) * (1 + random.random() / 4))
+        text = outcome.headers.get("retry-after", "")
+        return _pause(attempt, float(text) if text.isdecimal() else 0.0)
 
     def _may_repeat(self, call: _Call, error: Exception) -> bool:
         # A connection that never was has changed nothing.
-        return call.repeatable or isinstance(
-            error, self._httpx.ConnectError | self._httpx.ConnectTimeout
-        )
+        never_was = isinstance(error, self._httpx.ConnectError | self._httpx.ConnectTimeout)
+        return never_was or (call.repeatable and isinstance(error, self._httpx.TransportError))
 
-    def _unreachable(self, error: Exception) -> Unreachable:
-        where = self._options["base_url"]
+    def _failure(self, error: Exception) -> ServerError:
         reason = str(error) or type(error).__name__
-        return Unreachable(f"{where}: no answer ({reason})", code="unreachable")
+        if isinstance(error, self._httpx.TransportError):
+            return Unreachable(f"{self._url}: no answer ({reason})", code="unreachable")
+        if isinstance(error, self._httpx.InvalidURL):
+            return ServerError(f"it cannot be asked for: {reason}", code="bad_input")
+        return ServerError(f"{self._url}: its answer cannot be read ({reason})", code="bad_answer")
 
 
 class Client(_Base):
@@ -243,11 +264,12 @@ class Client(_Base):
 
     Raises:
         MissingExtra: httpx is not installed.
+        UsageError: ``url`` is none.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._client: httpx.Client = self._httpx.Client(**self._options)
+        self._client: httpx.Client = self._open(self._httpx.Client)
 
     def __enter__(self) -> Self:
         return self
@@ -278,7 +300,7 @@ class Client(_Base):
         if not sent:
             return []
         try:
-            return _read_answers(self._send(_predict(sent, deadline_ms)))
+            return _read_answers(self._send(_predict(sent, deadline_ms)), len(sent))
         except UnknownTaskOnServer as error:  # of one single item
             return [_failed(sent[0], error)]
 
@@ -329,20 +351,13 @@ class Client(_Base):
     def _send(self, call: _Call) -> httpx.Response:
         attempt = 0
         while True:
-            response = None
             try:
-                response = self._client.request(
-                    call.method, call.path, json=call.json, content=call.content,
-                    params=call.params,
-                )  # fmt: skip
-            except self._httpx.TransportError as error:
-                pause = self._pause(attempt, None) if self._may_repeat(call, error) else None
-                if pause is None:
-                    raise self._unreachable(error) from error
-            else:
-                pause = self._pause(attempt, response)
-                if pause is None:
-                    return _checked(response)
+                outcome: Any = self._client.request(**call.request())
+            except self._failures as error:
+                outcome = error
+            pause = self._settle(call, attempt, outcome)
+            if pause is None:
+                return _checked(outcome)
             time.sleep(pause)
             attempt += 1
 
@@ -352,7 +367,7 @@ class AsyncClient(_Base):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._client: httpx.AsyncClient = self._httpx.AsyncClient(**self._options)
+        self._client: httpx.AsyncClient = self._open(self._httpx.AsyncClient)
 
     async def __aenter__(self) -> Self:
         return self
@@ -377,7 +392,7 @@ class AsyncClient(_Base):
         if not sent:
             return []
         try:
-            return _read_answers(await self._send(_predict(sent, deadline_ms)))
+            return _read_answers(await self._send(_predict(sent, deadline_ms)), len(sent))
         except UnknownTaskOnServer as error:
             return [_failed(sent[0], error)]
 
@@ -420,22 +435,22 @@ class AsyncClient(_Base):
     async def _send(self, call: _Call) -> httpx.Response:
         attempt = 0
         while True:
-            response = None
             try:
-                response = await self._client.request(
-                    call.method, call.path, json=call.json, content=call.content,
-                    params=call.params,
-                )  # fmt: skip
-            except self._httpx.TransportError as error:
-                pause = self._pause(attempt, None) if self._may_repeat(call, error) else None
-                if pause is None:
-                    raise self._unreachable(error) from error
-            else:
-                pause = self._pause(attempt, response)
-                if pause is None:
-                    return _checked(response)
+                outcome: Any = await self._client.request(**call.request())
+            except self._failures as error:
+                outcome = error
+            pause = self._settle(call, attempt, outcome)
+            if pause is None:
+                return _checked(outcome)
             await asyncio.sleep(pause)
             attempt += 1
+
+
+def _pause(attempt: int, asked: float = 0.0) -> float:
+    """Return the seconds to wait, of which the server asked for ``asked`` at least."""
+    backoff = 0.1 * 2.0**attempt
+    # Spread, so that clients that were refused together do not come back together.
+    return min(LONGEST_PAUSE, max(asked, backoff) * (1 + random.random() / 4))
 
 
 # --- what is sent -------------------------------------------------------------------------------
@@ -527,9 +542,12 @@ def _object(response: httpx.Response) -> dict[str, Any]:
         return dict(found)
 
 
-def _read_answers(response: httpx.Response) -> list[Answer]:
+def _read_answers(response: httpx.Response, count: int) -> list[Answer]:
     with _reading(response) as found:
-        return [_answer(entry) for entry in found["answers"]]
+        answers = [_answer(entry) for entry in found["answers"]]
+        if len(answers) != count:
+            raise ValueError(f"{len(answers)} answers to {count} items")
+        return answers
 
 
 def _read_info(response: httpx.Response) -> TaskInfo:

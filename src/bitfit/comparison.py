@@ -48,7 +48,7 @@ def bias_change(file: TaskFile) -> list[dict[str, Any]]:
     The amount of change of Ben Zaken et al. 2022, section 4 and Figure 1: the mean over a bias
     vector's values of the absolute difference to the base.
     """
-    changes = file.bias.abs()
+    changes = file.bias.double().abs()  # in fp32 the sum of large ones is infinite
     return [
         {"term": term, "layer": layer, "mean_abs": changes[start : start + length].mean().item()}
         for term, layer, start, length in stretches(file.layout)

@@ -71,6 +71,9 @@ def serve(
     ] = 60_000.0,
     max_items: Annotated[int, _option(LIMITS, "Texts in one request.", min=1)] = 1024,
     max_text_chars: Annotated[int, _option(LIMITS, "Characters of a text.", min=1)] = 100_000,
+    max_scores: Annotated[
+        int, _option(LIMITS, "Scores in one answer: all labels of each text, or top_k.", min=1)
+    ] = 262_144,
     max_body_bytes: Annotated[
         int, _option(LIMITS, "Bytes of a request to predict.", min=1)
     ] = 8 << 20,

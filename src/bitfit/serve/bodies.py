@@ -49,10 +49,7 @@ class Bodies:
             raise RequestFailed(499, "the client went away", code="client_gone") from None
         except TimeoutError:
             self.held -= taken
-            raise RequestFailed(
-                408, f"the body did not come within {self._seconds:g} s",
-                headers={"Connection": "close"},
-            ) from None  # fmt: skip
+            raise RequestFailed(408, f"the body did not come within {self._seconds:g} s") from None
         except BaseException:
             self.held -= taken
             raise
@@ -67,7 +64,7 @@ class Bodies:
         if self.held + count > self._max_held:
             raise RequestFailed(
                 503, "too many large requests at once; try again in 1 s", code="busy",
-                headers={"Retry-After": "1", "Connection": "close"},
+                headers={"Retry-After": "1"},
             )  # fmt: skip
         self.held += count
         return count
@@ -80,7 +77,4 @@ def _declared(request: Request) -> int:
 
 def _check(size: int, limit: int) -> None:
     if size > limit:
-        raise RequestFailed(
-            413, f"the body has more than {limit} bytes", details={"limit": limit},
-            headers={"Connection": "close"},
-        )  # fmt: skip
+        raise RequestFailed(413, f"the body has more than {limit} bytes", details={"limit": limit})

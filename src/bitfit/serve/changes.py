@@ -76,9 +76,9 @@ class Changes:
                 self.uploads.forget(digest)
             raise
         try:
-            self._record(name, digest, info, by)
+            self._record_file(name, digest, is_kept, info, by)
         except BitfitError:  # neither here nor there
-            self.shelf.remove(name) if is_new else self.shelf.rollback(name)
+            self.shelf.remove(name) if is_new else self.shelf.rollback(name, is_undo=True)
             raise
         return info
 
@@ -103,8 +103,8 @@ class Changes:
             info = self.shelf.rollback(name)
             if self.uploads is not None:
                 try:
-                    digest, _ = self.uploads.keep(bytes_of(self.shelf.file(name)))
-                    self._record(name, digest, info, by)
+                    digest, is_kept = self.uploads.keep(bytes_of(self.shelf.file(name)))
+                    self._record_file(name, digest, is_kept, info, by)
                 except BitfitError:  # neither here nor there
                     self.shelf.rollback(name)
                     raise
@@ -149,6 +149,21 @@ class Changes:
         """Return what a change left that was made already; None: it was not."""
         entry = self._applied.get(name)
         return entry if by is not None and entry is not None and entry.by == by else None
+
+    def _record_file(
+        self, name: str, digest: str, is_kept: bool, info: TaskInfo, by: str | None
+    ) -> None:
+        """Record what a task has now; where that fails, its file goes if it came with the change.
+
+        Else it would stay for ever: only files that the list has had are looked after.
+        """
+        assert self.uploads is not None
+        try:
+            self._record(name, digest, info, by)
+        except BitfitError:
+            if not is_kept:
+                self.uploads.forget_unlisted(digest)
+            raise
 
     def _record(
         self, name: str, digest: str | None, info: TaskInfo, by: str | None,

@@ -58,10 +58,11 @@ class Edge:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        answer = _Answer(send, _is_page(scope["path"]))
+        body = _Body(receive, Headers(scope=scope))
+        answer = _Answer(send, body, _is_page(scope["path"]))
         self._open += 1
         try:
-            await self._pass(scope, receive, answer)
+            await self._pass(scope, body.receive, answer)
         finally:
             self._open -= 1
             self._note(scope, answer, time.perf_counter() - began)
@@ -110,11 +111,26 @@ class Edge:
         )  # fmt: skip
 
 
+class _Body:
+    """Passes a request's body on; knows whether it is still to come."""
+
+    def __init__(self, receive: Receive, headers: Headers) -> None:
+        self._receive = receive
+        self.is_open = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+    async def receive(self) -> Message:
+        """Receive one event."""
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self.is_open = message.get("more_body", False)
+        return message
+
+
 class _Answer:
     """Passes an answer on with the headers that all have; knows its status."""
 
-    def __init__(self, send: Send, is_page: bool) -> None:
-        self._send, self._is_page = send, is_page
+    def __init__(self, send: Send, body: _Body, is_page: bool) -> None:
+        self._send, self._body, self._is_page = send, body, is_page
         self.id = secrets.token_hex(8)
         self.status = 499  # none was sent: the client went away
         self._began = False
@@ -131,6 +147,8 @@ class _Answer:
             headers["x-request-id"] = self.id
             if not self._is_page:
                 headers["cache-control"] = "no-store"
+            if self.status >= 400 and self._body.is_open:  # else the rest would be read for nothing
+                headers["connection"] = "close"
         await self._send(message)
 
     async def fail(self, failed: RequestFailed) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from bitfit.batches import Feature, make_features
 from bitfit.errors import BitfitError, UnknownTask, UsageError
 from bitfit.held import FittingTask
 from bitfit.inference import DEFAULT_MAX_TOKENS, Logits
 from bitfit.model import as_example
 from bitfit.serve.answers import best_window, make_result
+from bitfit.serve.failures import NotFinite
 from bitfit.serve.shelf import Lease, Shelf
 from bitfit.tasks import Example, Task
 
@@ -46,6 +49,14 @@ class Ready:
     """Several where a long context has several windows."""
     tokens: int
     truncated: bool
+
+    @property
+    def scores(self) -> int:
+        """How many scores its answer will have."""
+        task = self.lease.task
+        if task.kind not in ("classification", "multilabel"):
+            return 0
+        return min(len(task.labels), self.item.top_k or len(task.labels))
 
 
 @dataclass(frozen=True)
@@ -156,16 +167,18 @@ class Engine:
                 lease.again(), item, example, own, sum(map(len, own)), own[0].example in made.cut
             )
 
-    def answer(self, ready: Sequence[Ready]) -> list[Answer]:
+    def answer(self, ready: Sequence[Ready]) -> list[Answer | BitfitError]:
         """Return the answers, in order, and release the leases, whatever happens.
 
-        One forward pass takes up to ``max_tokens``, whichever tasks the items name.
+        One forward pass takes up to ``max_tokens``, whichever tasks the items name. In the place of
+        an answer that is not finite is :class:`NotFinite`.
         """
         try:
             features = [feature for each in ready for feature in each.features]
             tasks = [each.lease.held for each in ready for _ in each.features]
             logits = self.shelf.tasks.logits(features, tasks, self.max_tokens)
-            answers, begin = [], 0
+            answers: list[Answer | BitfitError] = []
+            begin = 0
             for each in ready:
                 end = begin + len(each.features)
                 answers.append(_answer(each, logits[begin:end]))
@@ -205,10 +218,15 @@ def _example(task: Task, item: Item) -> Example:
     return as_example(task, item.text if item.text_pair is None else (item.text, item.text_pair))
 
 
-def _answer(ready: Ready, logits: Sequence[Logits]) -> Answer:
+def _answer(ready: Ready, logits: Sequence[Logits]) -> Answer | BitfitError:
     lease, item = ready.lease, ready.item
     fitting: FittingTask = lease.file_meta
     feature, values = best_window(ready.features, logits)
+    if not np.isfinite(values).all():  # JSON has no form for it, and it says nothing
+        return NotFinite(
+            f"task {item.task!r} computes numbers that are not finite of this text: the values in "
+            "its file are too large; train it again, or roll it back"
+        )
     return Answer(
         task=item.task, version=lease.version, fingerprint=lease.fingerprint,
         kind=fitting.task.kind, id=item.id, tokens=ready.tokens, truncated=ready.truncated,

@@ -18,8 +18,8 @@ from bitfit.errors import (
 CODES = {
     400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found",
     405: "method_not_allowed", 408: "too_slow", 409: "conflict", 413: "too_large",
-    415: "wrong_type", 422: "bad_input", 429: "queue_full", 500: "internal",
-    503: "unavailable", 504: "deadline",
+    415: "wrong_type", 422: "bad_input", 429: "queue_full", 431: "head_too_large",
+    500: "internal", 503: "unavailable", 504: "deadline",
 }  # fmt: skip
 
 
@@ -27,9 +27,14 @@ class FolderBusy(BitfitError):
     """Other servers kept changing the tasks of a folder for as long as one waits."""
 
 
+class NotFinite(BitfitError):
+    """A task computes NaN or infinity of a text: its file has numbers that are far too large."""
+
+
 # The first that an error is an instance of: status and code.
 _OF_ERRORS: tuple[tuple[type[BitfitError], int, str], ...] = (
     (FolderBusy, 503, "folder_busy"),
+    (NotFinite, 422, "not_finite"),
     (UnknownTask, 404, "unknown_task"),
     (WrongBase, 409, "wrong_base"),
     (WrongTokenizer, 409, "wrong_tokenizer"),

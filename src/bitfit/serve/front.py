@@ -277,7 +277,7 @@ class Front:
         """Return the answer to each item, or the error in its place.
 
         Raises:
-            RequestFailed: 429, 503 or 504: none of them was answered.
+            RequestFailed: 422, 429, 503 or 504: none of them was answered.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()

@@ -209,9 +209,10 @@ class MicroBatcher(Generic[T, R]):
             async with asyncio.timeout_at(None if math.isinf(deadline) else deadline):
                 return await request.future
         except TimeoutError:
-            if not request.future.cancelled():
-                raise  # what the computation raised, not our clock
-            raise DeadlineExceeded("not answered by its deadline") from None
+            if request.future.cancelled():
+                raise DeadlineExceeded("not answered by its deadline") from None
+            # It came just as the clock rang; or it is what the computation raised.
+            return request.future.result()
         finally:
             self._abandon(request)
 

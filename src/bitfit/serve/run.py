@@ -16,6 +16,7 @@ from bitfit.errors import BitfitError, UsageError
 from bitfit.rounding import StorageType
 from bitfit.serve.app import Serves, make_app
 from bitfit.serve.auth import Keys, check_bind
+from bitfit.serve.connections import HEAD_BYTES, READ_BYTES, Bounds, guarded, most_connections
 from bitfit.serve.engine import Engine
 from bitfit.serve.logs import log
 from bitfit.serve.service import Service
@@ -137,11 +138,13 @@ async def serve(
         BitfitError: the tasks cannot be loaded.
     """
     check_bind(service.config, keys)
+    bounds = Bounds(answer_seconds=service.config.body_seconds, most=most_connections())
     server = _Server(
         uvicorn.Config(
             make_app(service, keys), lifespan="off", log_config=None, access_log=False,
             server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            backlog=BACKLOG, ws="none",
+            backlog=BACKLOG, ws="none", http=guarded(bounds),
+            h11_max_incomplete_event_size=HEAD_BYTES + READ_BYTES,
             timeout_graceful_shutdown=_whole(service.config.drain_seconds),
         ),
         service,

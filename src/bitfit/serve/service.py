@@ -73,7 +73,7 @@ class Service:
         self._watcher: asyncio.Task[None] | None = None
         self._trimmer: asyncio.Task[None] | None = None
         self._has_computed = False
-        self.queue: MicroBatcher[Ready, Answer] = MicroBatcher(
+        self.queue: MicroBatcher[Ready, Answer | BitfitError] = MicroBatcher(
             self._compute,
             Limits(
                 max_tokens=config.max_tokens,
@@ -153,7 +153,7 @@ class Service:
         """Return the answer to each item, or the error in its place.
 
         Raises:
-            RequestFailed: 429, 503 or 504: none of them was answered.
+            RequestFailed: 422, 429, 503 or 504: none of them was answered.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -178,6 +178,7 @@ class Service:
         asked = [i for i, failed in enumerate(found) if failed is None]
         with self.queue.admit(len(items), deadline=deadline) as place:
             ready = await self._prepare_all([items[i] for i in asked], deadline)
+            self._check_scores(ready)
             places, work = [], []
             for i, result in zip(asked, ready, strict=True):
                 if isinstance(result, BitfitError):
@@ -196,6 +197,16 @@ class Service:
         longest = max(len(item.text), len(item.text_pair or ""))
         limit = self.config.max_text_chars
         return _too_long("characters", longest, limit) if longest > limit else None
+
+    def _check_scores(self, ready: Sequence[Ready | BitfitError]) -> None:
+        asked = sum(one.scores for one in ready if isinstance(one, Ready))
+        limit = self.config.max_scores
+        if asked > limit:
+            _release_all(ready)
+            raise RequestFailed(
+                422, f"{asked} scores would be answered, at most {limit} are allowed: give top_k, "
+                "or fewer items", code="too_many_scores", details={"limit": limit},
+            )  # fmt: skip
 
     async def _prepare_all(
         self, items: Sequence[Item], deadline: float
@@ -245,7 +256,7 @@ class Service:
             _give_up(future, waiting)
             raise
 
-    async def _compute(self, ready: Sequence[Ready]) -> Sequence[Answer]:
+    async def _compute(self, ready: Sequence[Ready]) -> Sequence[Answer | BitfitError]:
         self._has_computed = True
         return await self._in("engine", self.engine.answer, ready)
 
@@ -366,7 +377,10 @@ class Service:
 
 def describe_limits(config: ServeConfig) -> dict[str, Any]:
     """Return what a server says of its limits."""
-    names = ("max_items", "max_text_chars", "max_body_bytes", "deadline_ms", "max_upload_bytes")
+    names = (
+        "max_items", "max_text_chars", "max_scores", "max_body_bytes", "deadline_ms",
+        "max_upload_bytes",
+    )  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
 

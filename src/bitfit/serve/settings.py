@@ -45,6 +45,8 @@ class ServeConfig:
     """Characters of one text."""
     max_item_tokens: int = 65_536
     """Tokens of one item, all windows of a long context together."""
+    max_scores: int = 262_144
+    """Scores in one answer, of all items together: their labels, or ``top_k`` where it is given."""
     max_body_bytes: int = 8 << 20
     """Bytes of a request to predict."""
     max_upload_bytes: int = 64 << 20
@@ -54,7 +56,7 @@ class ServeConfig:
     max_requests: int = 2048
     """HTTP requests open at one time; more are refused with 503."""
     body_seconds: float = 30.0
-    """How long a client may take to send its body."""
+    """How long a client may take to send its body, and to read its answer."""
     drain_seconds: float = 30.0
     """How long a server that was told to stop takes for what it has accepted; 0: not at all."""
     task_labels: int = 100
@@ -66,8 +68,8 @@ class ServeConfig:
         _check_whole(self, "port", 0, 65_535)
         for name in (
             "max_tokens", "max_queue_items", "max_queue_tokens", "max_items", "max_text_chars",
-            "max_item_tokens", "max_body_bytes", "max_upload_bytes", "max_held_bytes",
-            "max_requests",
+            "max_item_tokens", "max_scores", "max_body_bytes", "max_upload_bytes",
+            "max_held_bytes", "max_requests",
         ):  # fmt: skip
             _check_whole(self, name, 1, 1 << 40)
         _check_whole(self, "task_labels", 0, 10_000)

@@ -242,8 +242,12 @@ class Shelf:
             self._numbers[name] = max(self._numbers.get(name, 0), version - 1)
             return self._info(self._add(name, file, fitting, source, pinned, before))
 
-    def rollback(self, name: str) -> TaskInfo:
+    def rollback(self, name: str, *, is_undo: bool = False) -> TaskInfo:
         """Make the version before the current one, under a new version number, and return it.
+
+        Args:
+            name: the task's.
+            is_undo: the current version was never to be there: it cannot be brought back.
 
         Raises:
             UnknownTask: there is no such task.
@@ -261,7 +265,7 @@ class Shelf:
                 if self._current.get(name) is not now:
                     continue  # changed meanwhile: once more, with what is there
                 old = now.before
-                before = self._before(now, old.source)
+                before = None if is_undo else self._before(now, old.source)
                 version = self._add(name, file, fitting, old.source, old.pinned, before)
                 return self._info(version)
 

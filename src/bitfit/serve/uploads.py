@@ -208,6 +208,11 @@ class Uploads:
         with suppress(OSError):
             self.path(digest).unlink(missing_ok=True)
 
+    def forget_unlisted(self, digest: str) -> None:
+        """Remove a file whose recording failed, unless the list has it none the less."""
+        with suppress(BitfitError):  # a list that cannot be read may have it
+            self._drop_unused(self._read().entries, (digest,))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Return a context in which no other server changes anything; within another it is none.
