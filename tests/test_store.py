@@ -118,7 +118,10 @@ def test_a_folder_that_fails_at_one_beat_is_no_end_of_them(store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "utime", stale)
         store.beat("group")
+    manifest = store.directory / "work" / "group.json"
+    os.utime(manifest, (0, 0))
     store.beat("group")
+    assert manifest.stat().st_mtime > 0
 
 
 def test_who_waits_for_the_lock_may_be_stopped(store):

@@ -16,8 +16,6 @@ from bitfit.errors import UsageError
 from bitfit.tasks import BUILTIN_TASKS, builtin_task
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
 
-T = TypeVar("T")
-
 Search = Literal["first-seed", "every-seed"]
 
 _ROW_OPTIONS = {f.name for f in dataclasses.fields(TrainConfig)} - {
@@ -63,6 +61,9 @@ class GridTask:
     """Training rows; None: all."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fields of :class:`TrainConfig` that this task needs, ``max_length`` or ``epochs``."""
+
+
+P = TypeVar("P", Row, GridTask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,19 +164,13 @@ class Grid:
         """
         given = {key: value for key, value in changes.items() if value is not None}
         grid = dataclasses.replace(self, **given)
-        return (
-            grid
-            if "epochs" not in given
-            else dataclasses.replace(
-                grid,
-                options=_without_epochs(grid.options),
-                rows=tuple(
-                    dataclasses.replace(r, options=_without_epochs(r.options)) for r in grid.rows
-                ),
-                tasks=tuple(
-                    dataclasses.replace(t, options=_without_epochs(t.options)) for t in grid.tasks
-                ),
-            )
+        if "epochs" not in given:
+            return grid
+        return dataclasses.replace(
+            grid,
+            options=_without_epochs(grid.options),
+            rows=tuple(_with_common_epochs(row) for row in grid.rows),
+            tasks=tuple(_with_common_epochs(task) for task in grid.tasks),
         )
 
     def only(
@@ -346,6 +341,10 @@ def grid_task(found: str | Mapping[str, Any]) -> GridTask:
             raise UsageError(f"task {name!r}: neither a built-in task nor a file named by 'data'")
         data["task"] = name
     return GridTask(name=name, data=data, limit=limit, options=values)
+
+
+def _with_common_epochs(part: P) -> P:
+    return dataclasses.replace(part, options=_without_epochs(part.options))
 
 
 def _without_epochs(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,10 +146,9 @@ def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[C
     cells = [text(results.label(line)), *(cell for cell, _ in made)]
     if len(results.columns) > 1:
         # MNLI's mismatched half has no scores under the protocol split: no average would be left.
-        whole = way == "paper"
         average = mean_column([
             value for column, (_, value) in zip(results.columns, made, strict=True)
-            if whole or column.split == "dev"
+            if way == "paper" or column.split == "dev"
         ])  # fmt: skip
         value = none_if_nan(average)
         runs = () if value is None else (run for cell, _ in made for run in cell.runs)
