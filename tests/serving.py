@@ -19,9 +19,10 @@ from bitfit.errors import TaskFileError, UnknownTask, UsageError, WrongBase
 from bitfit.serve.app import make_app
 from bitfit.serve.auth import Keys
 from bitfit.serve.engine import Answer, Ready
+from bitfit.serve.folder import Change
 from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig
-from bitfit.serve.shelf import Change, TaskInfo
+from bitfit.serve.shelf import TaskInfo
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task
 

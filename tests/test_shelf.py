@@ -1,5 +1,4 @@
 import dataclasses
-import os
 import threading
 import time
 
@@ -7,7 +6,7 @@ import pytest
 import torch
 from tiny import make_task
 
-from bitfit.errors import TaskFileError, UnknownTask, UnreadableTaskFile, UsageError, WrongBase
+from bitfit.errors import TaskFileError, UnknownTask, UsageError, WrongBase
 from bitfit.serve import shelf as shelf_module
 from bitfit.serve.shelf import FINGERPRINT, Shelf
 from bitfit.serve.sources import SUFFIX
@@ -174,103 +173,6 @@ def test_a_file_that_changed_under_a_dropped_row_is_no_answer(encoder, tmp_path)
     with pytest.raises(TaskFileError, match="cannot be read"):
         shelf.lease("a")
     assert shelf.lease("b").version == 1
-
-
-# ------------------------------------------------------------------ directories
-
-
-@pytest.mark.parametrize("place", ["folder", "memory"])
-def test_a_directory_is_followed(place, encoder, tmp_path):
-    shelf = Shelf(encoder)
-    if place == "folder":
-        where, write = str(tmp_path), lambda name, data: (tmp_path / name).write_bytes(data)
-
-        def delete(name):
-            (tmp_path / name).unlink()
-    else:
-        import fsspec
-
-        system, where = fsspec.filesystem("memory"), "memory://tasks"
-        system.makedirs("/tasks", exist_ok=True)
-
-        def write(name, data):
-            system.pipe_file(f"/tasks/{name}", data)
-
-        def delete(name):
-            system.rm(f"/tasks/{name}")
-
-    assert shelf.sync(where) == []
-    write("a" + SUFFIX, make_task(encoder, seed=1).to_bytes())
-    write("b" + SUFFIX, b"no task file")
-    write("other.txt", b"")
-    found = shelf.sync(where)
-    assert [(c.what, c.name) for c in found] == [("added", "a"), ("refused", "b")]
-    assert found[0].info.version == 1
-    assert "not a bitfit task file" in found[1].message
-    assert shelf.sync(where) == []  # told once
-    write("a" + SUFFIX, make_task(encoder, seed=2, description="new").to_bytes())
-    write("b" + SUFFIX, make_task(encoder, seed=3).to_bytes())
-    assert [(c.what, c.name) for c in shelf.sync(where)] == [("changed", "a"), ("added", "b")]
-    assert shelf.info("a").version == 2
-    assert shelf.rollback("a").fingerprint == make_task(encoder, seed=1).seal[:FINGERPRINT]
-    write("a" + SUFFIX, b"damaged")
-    assert [(c.what, c.name) for c in shelf.sync(where)] == [("refused", "a")]
-    assert shelf.info("a").version == 3  # what answered goes on answering
-    delete("b" + SUFFIX)
-    assert [(c.what, c.name) for c in shelf.sync(where)] == [("removed", "b")]
-    assert "b" not in shelf
-    if place == "memory":
-        system.rm("/tasks", recursive=True)
-
-
-def test_a_file_that_is_written_again_as_it_was_undoes_nothing(encoder, tmp_path):
-    shelf, path = Shelf(encoder), tmp_path / f"a{SUFFIX}"
-    make_task(encoder, seed=1).save(path)
-    shelf.sync(tmp_path)
-    newer = shelf.put("a", make_task(encoder, seed=2))
-    os.utime(path, (1, 1))
-    assert shelf.sync(tmp_path) == []
-    assert shelf.info("a").fingerprint == newer.fingerprint
-    shelf.remove("a")
-    os.utime(path, (2, 2))
-    assert shelf.sync(tmp_path) == []
-    make_task(encoder, seed=3).save(path)
-    assert [c.what for c in shelf.sync(tmp_path)] == ["added"]
-    path.unlink()
-    assert [c.what for c in shelf.sync(tmp_path)] == ["removed"]
-    make_task(encoder, seed=3).save(path)
-    assert [c.what for c in shelf.sync(tmp_path)] == ["added"]
-
-
-def test_a_directory_that_cannot_be_read_is_told_and_removes_nothing(encoder, tmp_path):
-    shelf = Shelf(encoder)
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    make_task(encoder).save(folder / f"a{SUFFIX}")
-    make_task(encoder).save(folder / f"bad name{SUFFIX}")
-    assert [c.what for c in shelf.sync(folder)] == ["added", "refused"]
-    os.rename(folder, tmp_path / "away")
-    assert [c.what for c in shelf.sync(folder)] == ["refused"]
-    assert [c.what for c in shelf.sync("nothing://there")] == ["refused"]
-    assert "a" in shelf
-
-
-def test_a_file_that_cannot_be_read_now_is_tried_again_and_told_once(
-    encoder, tmp_path, monkeypatch
-):
-    shelf, path = Shelf(encoder), tmp_path / f"a{SUFFIX}"
-    make_task(encoder).save(path)
-    read = shelf_module.read_source
-
-    def fails(source):
-        raise UnreadableTaskFile(f"{source}: cannot be read: Stale file handle")
-
-    monkeypatch.setattr(shelf_module, "read_source", fails)
-    assert [c.what for c in shelf.sync(tmp_path)] == ["refused"]
-    assert shelf.sync(tmp_path) == []
-    monkeypatch.setattr(shelf_module, "read_source", read)
-    assert [c.what for c in shelf.sync(tmp_path)] == ["added"]
-    assert shelf.sync(tmp_path) == []
 
 
 def test_many_threads_find_whole_rows_only(encoder, tmp_path):

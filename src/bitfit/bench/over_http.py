@@ -37,6 +37,7 @@ from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError
 from bitfit.rounding import StorageType
 from bitfit.serve.engine import Engine, Item, Ready
+from bitfit.serve.folder import Folder
 from bitfit.serve.shelf import Shelf
 
 REQUESTS = 256
@@ -172,7 +173,7 @@ def run_plan(
         shelf = Shelf(plan.encoder, storage=plan.storage)
         for i in range(max(plan.counts)):
             random_task(plan.encoder, i).save(folder / f"task{i}{SUFFIX}")
-        shelf.sync(folder)
+        Folder(shelf, str(folder)).look()
         most = str(max(4096, 2 * plan.clients * max(plan.sizes)))
         patient = ("--max-delay-ms", "600000", "--deadline-ms", "600000",
                    "--max-queue-items", most, "--max-queue-tokens", "16777216")  # fmt: skip

@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 
 from bitfit.errors import BitfitError, UnknownTask
 from bitfit.serve.failures import RequestFailed
+from bitfit.serve.folder import Change, Folder
 from bitfit.serve.logs import log
 from bitfit.serve.metrics import Metrics
-from bitfit.serve.shelf import Change, Shelf, TaskInfo
+from bitfit.serve.shelf import Shelf, TaskInfo
 from bitfit.serve.uploads import Entry, FolderFile, Listed, Uploads
 from bitfit.taskfile import TaskFile
 
@@ -28,7 +29,8 @@ class Changes:
     def __init__(
         self, shelf: Shelf, folder: str | None, uploads: Uploads | None, metrics: Metrics
     ) -> None:
-        self.shelf, self.folder, self.uploads, self.metrics = shelf, folder, uploads, metrics
+        self.shelf, self.uploads, self.metrics = shelf, uploads, metrics
+        self.folder = None if folder is None else Folder(shelf, folder)
         self._applied: dict[str, Entry] = {}
         self._in_folder: dict[str, str] = {}  # fingerprints of the folder's files by name
 
@@ -210,7 +212,7 @@ class Changes:
         """Whether other servers of the folder have been sent something since the last look."""
         return self.uploads is not None and self.uploads.has_changed()
 
-    def _look_at(self, folder: str) -> None:
+    def _look_at(self, folder: Folder) -> None:
         listed: Listed | None = None
 
         def number(name: str, fingerprint: str) -> int:
@@ -221,7 +223,7 @@ class Changes:
             return listed.number(name, fingerprint)
 
         replaced = {}
-        for change in self.shelf.sync(folder, number):
+        for change in folder.look(number):
             self._note(change)
             if change.info is not None and change.info.version > 1:
                 replaced[change.name] = FolderFile(change.info.fingerprint, change.info.version)

@@ -10,21 +10,18 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import torch
 
 from bitfit.bank import unknown_task
 from bitfit.encoder import Encoder
-from bitfit.errors import BitfitError, TaskFileError, UnreadableTaskFile, UsageError
+from bitfit.errors import BitfitError, TaskFileError, UsageError
 from bitfit.held import FittingTask, HeldTask, HeldTasks
 from bitfit.inference import TaskHead
 from bitfit.rounding import StorageType
-from bitfit.serve.sources import SUFFIX, list_sources, read_source
+from bitfit.serve.sources import read_source
 from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task
 
@@ -63,19 +60,6 @@ class TaskInfo:
     can_roll_back: bool
     last_used: float | None
     """As ``time.time()`` gives it."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a look at a directory found of one file."""
-
-    what: Literal["added", "changed", "removed", "refused"]
-    name: str
-    source: str
-    message: str = ""
-    """Of a file that was refused: why."""
-    info: TaskInfo | None = None
-    """Of a task that was added or changed."""
 
 
 @dataclass(eq=False, slots=True)
@@ -197,9 +181,6 @@ class Shelf:
         self._current: dict[str, _Version] = {}
         self._numbers: dict[str, int] = {}  # of removed tasks too: a version comes once
         self._created = 0
-        self._syncing = threading.Lock()
-        self._seen: dict[str, dict[str, object]] = {}  # directory -> path -> sign of its state
-        self._seals: dict[str, str] = {}  # path -> of the file that a look last put
         self._resident: dict[str, _Version] = {}  # those that may be dropped, last used last
 
     def __len__(self) -> int:
@@ -279,6 +260,14 @@ class Shelf:
             self._retire(self._find(name))
             del self._current[name]
 
+    def remove_from(self, source: str) -> list[str]:
+        """Take out the tasks whose file was at ``source``, and return their names."""
+        with self._lock:
+            names = [v.name for v in self._current.values() if v.source == source]
+            for name in names:
+                self.remove(name)
+            return names
+
     def begin_after(self, name: str, version: int) -> None:
         """Let the next version of a task, which may not be there yet, be above ``version``."""
         with self._lock:
@@ -309,74 +298,6 @@ class Shelf:
         if old.held is None:  # its file was overwritten by the new one
             return None
         return _Before(seal, self.tasks.restore(old.held), None, old.pinned)
-
-    def sync(
-        self, directory: str | Path, number: Callable[[str, str], int] | None = None
-    ) -> list[Change]:
-        """Look once at a directory of task files, and return what was done.
-
-        A task is called as its file is, less ``.bitfit.safetensors``. What is there for the first
-        time or is another file now is put; what is gone is removed, unless it was put from
-        elsewhere since. Files that are refused are reported once, and the version before stays.
-
-        Args:
-            directory: a folder, or a URL of any file system that fsspec knows.
-            number: of a name and a fingerprint, the version that a file has at least.
-        """
-        directory = str(directory)
-        with self._syncing:
-            seen = self._seen.setdefault(directory, {})
-            try:
-                there = {path: (name, sign) for name, path, sign in list_sources(directory)}
-            except BitfitError as error:
-                return [Change("refused", "", directory, str(error))]
-            changes = []
-            for path, (file_name, sign) in there.items():
-                if seen.get(path) == sign:
-                    continue
-                name = file_name.removesuffix(SUFFIX)
-                try:
-                    change = self._sync_file(name, path, number)
-                    seen[path] = sign
-                except UnreadableTaskFile as error:  # perhaps only now: tried at the next look
-                    told = seen.get(path) == str(error)
-                    change = None if told else Change("refused", name, path, str(error))
-                    seen[path] = str(error)
-                changes += [change] if change is not None else []
-            for path in [path for path in seen if path not in there]:
-                del seen[path]
-                changes += self._sync_gone(path)
-            return changes
-
-    def _sync_file(
-        self, name: str, path: str, number: Callable[[str, str], int] | None
-    ) -> Change | None:
-        if not NAME.fullmatch(name):
-            what = "a task's name has letters, digits, '_', '.' and '-', at most 100 of them"
-            return Change("refused", name, path, f"{path}: {what}")
-        try:
-            file = read_source(path)
-            if self._seals.get(path) == file.seal:
-                return None  # the same as before: what was put or removed since stands
-            with self._lock:
-                old = self._current.get(name)
-            pinned = old is not None and old.pinned
-            version = 1 if number is None else number(name, file.seal[:FINGERPRINT])
-            info = self.put(name, file, source=path, pinned=pinned, version=version)
-            self._seals[path] = file.seal
-        except UnreadableTaskFile:
-            raise
-        except BitfitError as error:
-            return Change("refused", name, path, str(error))
-        return Change("added" if old is None else "changed", name, path, "", info)
-
-    def _sync_gone(self, path: str) -> list[Change]:
-        with self._lock:
-            found = [v.name for v in self._current.values() if v.source == path]
-            for name in found:
-                self.remove(name)
-                self._seals.pop(path, None)
-        return [Change("removed", name, path) for name in found]
 
     # ------------------------------------------------------------------ looking
 
