@@ -215,6 +215,22 @@ def test_more_connections_than_files_are_closed_at_once_and_told_once(at_site, l
     at_site(check, replace(PATIENT, most=2))
 
 
+def test_silent_connections_keep_out_nobody(at_site):
+    async def check(site):
+        silent, _ = await site.connect()
+        slow, writer = await site.connect(GET[:9])
+        await until(lambda: len(site.state.connections) == 2)
+        reader, _ = await site.connect(GET)
+        assert await answer_of(reader) == b"0"
+        assert await rest_of(silent) == b""
+        writer.write(GET[9:])
+        assert await answer_of(slow) == b"0"
+        further, _ = await site.connect(GET)
+        assert await rest_of(further) == b""  # no other is silent now
+
+    at_site(check, replace(PATIENT, most=2))
+
+
 @pytest.mark.parametrize(
     ("files", "most"), [(1024, 768), (100, 50), (resource.RLIM_INFINITY, None)]
 )

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -41,8 +41,11 @@ class Bounds:
     answer_seconds: float = 30.0
     """How long a client may take to read what was sent."""
     most: int | None = None
-    """Connections at one time; more are closed at once. None: any number."""
-    is_told: bool = False
+    """Connections at one time. For one more the one is closed that is silent for longest, or
+    itself where none is silent: who sends nothing keeps out nobody. None: any number."""
+    silent: dict[_Guard, None] = field(default_factory=dict, init=False)
+    """Connections that have not sent a whole head yet, the oldest first."""
+    is_told: bool = field(default=False, init=False)
     """Whether the log has that there were too many."""
 
 
@@ -84,17 +87,22 @@ class _Guard(asyncio.Protocol):
         transport.set_write_buffer_limits(0)  # pause_writing: not all that was sent is read
         if self.bounds.most is not None and len(self.connections) > self.bounds.most:
             self._tell()
-            transport.abort()
-        else:
-            self._head_timer.start(transport.abort)
+            silent = next(iter(self.bounds.silent), self)
+            self.bounds.silent.pop(silent, None)
+            silent.transport.abort()
+            if silent is self:
+                return
+        self.bounds.silent[self] = None
+        self._head_timer.start(transport.abort)
 
     def _tell(self) -> None:
         if not self.bounds.is_told:
             self.bounds.is_told = True
             log("too_many_connections", level=logging.WARNING, limit=self.bounds.most,
-                message="more are closed at once; ulimit -n has more files")  # fmt: skip
+                message="silent and further ones are closed; ulimit -n has more files")  # fmt: skip
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.bounds.silent.pop(self, None)
         self._head_timer.stop()
         self._answer_timer.stop()
         super().connection_lost(exc)
@@ -106,6 +114,7 @@ class _Guard(asyncio.Protocol):
         super().data_received(data)
         if self.cycle is not self._known:
             self._known, self._head = self.cycle, 0
+            self.bounds.silent.pop(self, None)
             self._head_timer.stop()
         elif not is_body and not self.flow.read_paused and not self.transport.is_closing():
             self._head += len(data)
