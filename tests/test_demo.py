@@ -9,6 +9,7 @@ import pytest
 from bitfit import TaskFile, demo
 from bitfit.cli import main
 from bitfit.errors import BitfitError
+from bitfit.training.plan import checkpoint_path
 from bitfit.training.train import StepDone
 
 
@@ -42,7 +43,11 @@ def test_the_demo_trains_three_tasks_and_answers_in_one_batch(
             started.append((event.task, event.method))
         steps += isinstance(event, StepDone)
 
+    first = tmp_path / f"{demo.TASKS[0]}.bitfit.safetensors"
+    checkpoint_path(first).write_bytes(b"of a demo that was stopped")
     result = demo.run_demo(tmp_path, base=checkpoint("bert"), quick=True, on_event=watch)
+    files = [f"{task}.bitfit.safetensors" for task in demo.TASKS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     assert started == [(t, "bitfit") for t in demo.TASKS]
     assert steps == 3 * demo.QUICK["limit"] / 8
     assert [row["task"] for row in result.tasks] == list(demo.TASKS)

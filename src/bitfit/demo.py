@@ -14,6 +14,7 @@ from bitfit.errors import BitfitError, UsageError
 from bitfit.model import Model, Prediction
 from bitfit.training.finetune import Event, finetune
 from bitfit.training.outputs import Outcome
+from bitfit.training.plan import checkpoint_path
 
 TASKS = ("intent", "urgency", "sentiment")
 # Chosen for two cores and four minutes, not for the last point of the score.
@@ -119,9 +120,12 @@ def run_demo(
         train, dev = example_files(task)
         settings: dict[str, Any] = {**(FROZEN if method == "frozen" else BITFIT)}
         settings |= QUICK if quick else {}
+        out = folder / f"{task}.bitfit.safetensors" if method == "bitfit" else None
+        if out is not None:  # of a demo that was stopped: this one begins anew
+            checkpoint_path(out).unlink(missing_ok=True)
         outcome = finetune(
             encoder, data=train, dev=dev, text="text", label="label", name=task, method=method,
-            out=folder / f"{task}.bitfit.safetensors" if method == "bitfit" else None,
+            out=out,
             description=f"Example task {task!r} of bitfit's demo.", on_event=on_event, **settings,
         )  # fmt: skip
         if method == "frozen":
