@@ -234,6 +234,22 @@ def test_an_order_of_rows_is_the_one_that_the_report_that_is_linked_has(point, r
         assert len(chains) == len(taus) == 4
 
 
+def test_the_counts_of_degenerate_runs_are_those_of_the_report():
+    report = (ROOT / "docs/results/table3/report.md").read_text("utf-8")
+    table = report.partition("## Stability over the seeds")[2].partition("\n## ")[0]
+    found = re.findall(r"^\| (\S.*?) \| (\S+) \|.*?\| (\d+) of (\d+) \(", table, re.MULTILINE)
+    rows = [(row, task, int(few), int(runs)) for row, task, few, runs in found]
+    main = [row for row in rows if row[0] in ("BitFit", "Full-FT")]
+    rest = [row for row in rows if row not in main]
+    assert sum(row[2] for row in main) == 0
+    counts = (
+        f"of {sum(row[3] for row in main)}, is degenerate (at or below the most frequent answer); "
+        f"{sum(row[2] for row in rest)} of the other {sum(row[3] for row in rest)} are, "
+        f"{sum(row[2] for row in rest if row[1] == 'RTE')} of them on RTE"
+    )
+    assert counts in plain(REPRODUCE.read_text("utf-8"))
+
+
 KEPT = ROOT / "experiments" / "results"
 # The predictions for SQuAD are pieces of its texts and not in the repository.
 REPORTED = sorted({path.parent.name for path in KEPT.glob("*/predictions")})
