@@ -77,7 +77,6 @@ def make_task(number: int, now: float) -> dict[str, Any]:
         "max_length": 384 if kind == "span" else 128,
         "bytes": 93_000 + 1540 * max(1, len(labels)),
         "fingerprint": f"{luck.getrandbits(64):016x}",
-        "created": number,
         "pinned": number % 50 == 0,
         "resident": number % 7 != 6,
         "source": f"tasks/{name}.bitfit.safetensors",
@@ -122,6 +121,8 @@ class FakeServer:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.predicted: list[dict[str, Any]] = []
         self.started = now
+        self.is_busy = True
+        """Whether others ask it too."""
         handler = partial(Handler, self)
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
@@ -310,7 +311,7 @@ class Handler(BaseHTTPRequestHandler):
     def stats(self) -> dict[str, Any]:
         beat = time.time() - self.fake.started
         luck = seeded("stats", int(beat))
-        rate = 900 + 250 * math.sin(beat / 9) + 90 * luck.random()
+        rate = 900 + 250 * math.sin(beat / 9) + 90 * luck.random() if self.fake.is_busy else 0.0
         return {
             "uptime_s": 93_000 + beat,
             "requests": 181_000 + int(beat * 40),

@@ -63,7 +63,6 @@ class DummyShelf:
         self.leases: set[DummyLease] = set()
         self.seen: dict[str, bytes] = {}
         self.lock = threading.Lock()
-        self.made = 0
         self.numbers: dict[str, int] = {}
 
     def __contains__(self, name):
@@ -81,13 +80,12 @@ class DummyShelf:
             raise WrongBase(f"{name}: made for another base")
         with self.lock:
             before = self.versions.setdefault(name, [])
-            self.made += 1
             number = self.numbers[name] = max(self.numbers.get(name, 0) + 1, version)
             info = TaskInfo(
                 name=name, version=number, kind=file.task.kind, labels=file.task.labels,
                 metric=file.task.metric, score=file.score, is_pair=file.task.is_pair,
                 max_length=file.max_length, bytes=len(file.to_bytes()),
-                fingerprint=fingerprint(file), created=self.made, pinned=pinned, resident=True,
+                fingerprint=fingerprint(file), pinned=pinned, resident=True,
                 source=source, description=file.description, licence=file.licence,
                 can_roll_back=bool(before), last_used=None,
             )  # fmt: skip

@@ -234,6 +234,32 @@ def test_what_is_no_address_is_an_error_of_ours(kind):
         kind("http://[::1")
 
 
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (
+            "localhost:8077",
+            "it begins with http:// or https://; did you mean http://localhost:8077?",
+        ),
+        ("127.0.0.1", "it begins with http:// or https://; did you mean http://127.0.0.1?"),
+        ("ftp://x", "it begins with http:// or https://"),
+        ("", "it begins with http:// or https://"),
+        ("http://", "it names no host; expected such as http://localhost:8000"),
+        ("https:///v1", "it names no host; expected such as http://localhost:8000"),
+    ],
+)
+def test_an_address_without_scheme_or_host_is_told_before_the_first_call(kind, address, message):
+    with pytest.raises(UsageError) as caught:
+        kind(address)
+    assert str(caught.value) == f"{address!r} is no address of a server: {message}"
+
+
+def test_an_address_may_have_large_letters_and_a_path():
+    for address in ("HTTP://localhost:8077", "https://example.org/bitfit"):
+        Client(address).close()
+
+
 def test_a_name_that_no_address_can_have_is_an_error_of_ours():
     client, script = scripted()
     with pytest.raises(ServerError) as caught:

@@ -413,9 +413,21 @@ def test_a_replica_that_hangs_costs_its_requests_their_deadline_and_no_more(run,
             monkeypatch.setattr(link, "_send", hang)
         response = await site.predict(deadline_ms=50)
         assert (response.status_code, error_of(response)["code"]) == (504, "deadline")
+        assert "did not answer by its deadline of 50 ms: " in error_of(response)["message"]
         assert [link.open for link in site.front.links] == [0, 0]
         own = site.front.metrics.registry
         assert own.get_sample_value("bitfit_refused_requests_total", {"reason": "deadline"}) == 1
+
+    run(check)
+
+
+def test_a_deadline_is_told_as_it_was_asked_for_and_not_as_what_was_left_of_it(run):
+    async def check(site):
+        for place in site.places:
+            place.engine.gate.clear()
+        response = await site.predict(deadline_ms=200)
+        assert (response.status_code, error_of(response)["code"]) == (504, "deadline")
+        assert "was not answered by its deadline of 200 ms: " in error_of(response)["message"]
 
     run(check)
 

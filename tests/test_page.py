@@ -437,6 +437,17 @@ def test_rates_are_asked_for_while_the_page_is_seen(visit):
         page.wait_for_timeout(30)
 
 
+def test_without_load_no_line_of_zeros_stands_beside_the_buttons(visit, server):
+    server.is_busy = False
+    page = visit("#server")
+    # Two looks: of one there is no line yet.
+    until(page, "/M.*L/.test(document.querySelector('.chart path')?.getAttribute('d'))")
+    assert text_of(page, "#live").startswith("0 items/s")
+    assert page.locator("#live-spark").is_hidden()
+    server.is_busy = True
+    page.wait_for_selector("#live-spark path")
+
+
 def test_a_lost_server_is_shown_and_found_again(visit, server):
     page = visit("#server")
     page.wait_for_selector("#live[data-state=good]")

@@ -20,6 +20,8 @@ from serving import (
     MANAGE,
     PATIENCE,
     PREDICT,
+    DummyEngine,
+    DummyShelf,
     ask,
     error_of,
     in_site,
@@ -39,7 +41,8 @@ from bitfit.serve.edge import dump
 from bitfit.serve.engine import Item
 from bitfit.serve.failures import NotFinite
 from bitfit.serve.metrics import OTHER, Metrics
-from bitfit.serve.run import listen
+from bitfit.serve.run import _begin_to_listen, listen, serve
+from bitfit.serve.service import Service
 from bitfit.serve.settings import ServeConfig
 from bitfit.serve.uploads import Uploads
 from bitfit.storage import atomic_write
@@ -232,6 +235,16 @@ def test_what_is_no_request_is_refused_by_field(body, status, code):
     in_site(check)
 
 
+@pytest.mark.parametrize("body", [b"[]", b"3", b'"items"', b"null"])
+def test_a_body_that_is_no_object_is_told_what_one_looks_like(body):
+    async def check(site, client):
+        error = error_of(await client.post("/v1/predict", content=body))
+        assert error["message"].startswith('body: expected a JSON object such as {"items": [{')
+        assert [entry["field"] for entry in error["details"]["fields"]] == ["body"]
+
+    in_site(check)
+
+
 def test_limits_hold_before_anything_is_computed():
     async def check(site, client):
         response = await client.post("/v1/predict", json=ask(*[("mood", "a")] * 5))
@@ -381,11 +394,29 @@ def test_a_deadline_that_passes_is_504_and_what_waits_is_not_computed():
         await until(lambda: site.engine.begun)
         response = await client.post("/v1/predict", json=ask(("mood", "late"), deadline_ms=200))
         assert response.status_code == 504
-        assert error_of(response)["code"] == "deadline"
+        error = error_of(response)
+        assert error["code"] == "deadline"
+        assert error["message"] == (
+            "it was not answered by its deadline of 200 ms: send fewer items in a request, or "
+            "allow more time with deadline_ms (at most 60000, the server's --deadline-ms)"
+        )
         site.engine.gate.set()
         await first
         assert site.engine.batches == [["first"]]
         assert site.service.queue.items == 0
+
+    in_site(check)
+
+
+def test_a_wait_that_is_longer_than_a_short_deadline_is_told_in_ms():
+    async def check(site, client):
+        queue = site.service.queue
+        queue.tokens, queue._speed = 2830, 100.0
+        response = await client.post("/v1/predict", json=ask(("mood", "late"), deadline_ms=50))
+        queue.tokens = 0
+        assert response.status_code == 429
+        told = r"it would wait about 28\.3 s, \d\d ms are allowed; try again in 29 s"
+        assert re.fullmatch(told, error_of(response)["message"])
 
     in_site(check)
 
@@ -633,6 +664,54 @@ def test_a_name_that_is_none_is_refused(name, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == []
 
     in_site(check, uploads=Uploads(tmp_path), tasks=("mood", "topic"))
+
+
+@pytest.mark.parametrize("name", ["ünï", ".hid", "a" * 101, "a b"])
+def test_a_name_that_is_none_is_told_what_a_name_is(name, tmp_path):
+    async def check(site, client):
+        response = await client.put(f"/v1/tasks/{name}", content=GOOD)
+        error = error_of(response)
+        assert (response.status_code, error["code"]) == (422, "bad_input")
+        assert error["message"] == (
+            f"{name!r} is no name of a task: a task's name has letters, digits, '_', '.' and '-', "
+            "at most 100 of them, and begins with a letter or digit"
+        )
+        assert [entry["field"] for entry in error["details"]["fields"]] == ["path.name"]
+        assert "String should match" not in response.text
+
+    in_site(check, uploads=Uploads(tmp_path))
+
+
+def test_the_name_of_a_file_is_told_the_name_of_its_task(tmp_path):
+    """``curl -T FILE ADDRESS/v1/tasks/`` adds the file's name to the address."""
+
+    async def check(site, client):
+        path = "/v1/tasks/intent.bitfit.safetensors"
+        response = await client.put(path, content=GOOD)
+        error = error_of(response)
+        assert (response.status_code, error["code"]) == (422, "bad_input")
+        assert "'intent.bitfit.safetensors' is the name of a file" in error["message"]
+        told = error["message"].rpartition(" ")[2]
+        assert told == "/v1/tasks/intent"
+        assert (await client.put(told, content=GOOD)).json()["name"] == "intent"
+        assert (await client.get(path)).status_code == 404
+        longest = "a" * 100 + ".bitfit.safetensors"
+        response = await client.put(f"/v1/tasks/{longest}", content=GOOD)
+        assert error_of(response)["message"].endswith("/v1/tasks/" + "a" * 100)
+        response = await client.put("/v1/tasks/.bitfit.safetensors", content=GOOD)
+        assert "is no name of a task" in error_of(response)["message"]
+
+    in_site(check, uploads=Uploads(tmp_path))
+
+
+def test_what_is_known_of_a_task_is_what_the_description_says():
+    async def check(site, client):
+        schema = (await client.get("/openapi.json")).json()["components"]["schemas"]
+        found = (await client.get("/v1/tasks")).json()["tasks"][0]
+        assert found.keys() == schema["TaskOut"]["properties"].keys()
+        assert "created" not in found
+
+    in_site(check)
 
 
 HOSTILE = {
@@ -1089,6 +1168,27 @@ def test_errors_of_routing_have_the_same_shape():
     in_site(check)
 
 
+def test_errors_of_routing_say_where_what_is_and_which_methods_a_path_takes():
+    async def check(site, client):
+        for method, path, allowed in [
+            ("GET", "/v1/predict", "POST"),
+            ("PATCH", "/v1/tasks/mood", "DELETE, GET, PUT"),
+            ("DELETE", "/", "GET, HEAD"),
+        ]:
+            response = await client.request(method, path)
+            assert response.headers["allow"] == allowed
+            assert error_of(response)["message"] == f"{path} takes {allowed}; {method} was sent"
+        for path in ("/nothing", "/v1/tasks/", "/docs"):
+            message = error_of(await client.get(path))["message"]
+            assert message.startswith(f"there is nothing at {path}: tasks are at /v1/tasks")
+            assert "/openapi.json" in message
+        assert len((await client.get("/" + "x" * 9000)).content) < 500
+        message = error_of(await client.get("/page/none.js"))["message"]
+        assert message == "the page has no file none.js"
+
+    in_site(check)
+
+
 def test_metrics_count_requests_items_and_batches():
     async def check(site, client):
         for i in range(3):
@@ -1224,6 +1324,89 @@ def test_the_examples_of_the_description_are_answered():
             assert response.status_code == 200
 
     in_site(check, tasks=("intent", "sentiment"))
+
+
+def test_a_server_that_loads_refuses_connections_and_takes_them_when_it_is_ready():
+    async def main():
+        config = ServeConfig(port=0)
+        loading, loaded, ready = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        shelf = DummyShelf()
+        service = Service(shelf, DummyEngine(shelf), config)
+        start = service.start
+
+        async def slow():
+            loading.set()
+            await loaded.wait()
+            await start()
+
+        service.start = slow
+        with listen(config) as listener:
+            address = listener.getsockname()
+            work = asyncio.create_task(serve(service, Keys(), listener, on_ready=ready.set))
+            await loading.wait()
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(*address)
+            loaded.set()
+            async with asyncio.timeout(PATIENCE):
+                await ready.wait()
+                _, writer = await asyncio.open_connection(*address)
+            writer.close()
+            work.cancel()
+            await asyncio.wait({work})
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        (socket.SO_REUSEADDR,),
+        (socket.SO_REUSEPORT,),
+        (socket.SO_REUSEADDR, socket.SO_REUSEPORT),
+    ],
+)
+@pytest.mark.parametrize("is_listening", [False, True])
+def test_a_port_that_another_program_holds_is_told_before_it_listens(options, is_listening):
+    with socket.socket() as other:
+        for option in options:
+            other.setsockopt(socket.SOL_SOCKET, option, 1)
+        other.bind(("127.0.0.1", 0))
+        shares = socket.SO_REUSEADDR in options and not is_listening
+        if is_listening:
+            other.listen()
+        config = ServeConfig(port=other.getsockname()[1])
+        message = f"127.0.0.1:{config.port} is taken by another program"
+        if not shares:
+            with pytest.raises(UsageError, match=message):
+                listen(config)
+            return
+        # It lets others share the port: that it wanted it is known when it listens first.
+        with listen(config) as listener:
+            other.listen()
+            service = Service(shelf := DummyShelf(), DummyEngine(shelf), config)
+            with pytest.raises(UsageError, match=message):
+                asyncio.run(serve(service, Keys(), listener))
+
+
+def test_of_two_servers_that_load_the_second_is_told_at_once():
+    with listen(ServeConfig(port=0)) as first:
+        with pytest.raises(UsageError, match="is taken by another program"):
+            listen(ServeConfig(port=first.getsockname()[1]))
+
+
+def test_a_server_takes_the_port_of_one_before_whose_connections_are_closing():
+    with listen(config := ServeConfig(port=0)) as before:
+        _begin_to_listen(before, config)
+        port = before.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = before.accept()
+            accepted.close()  # this side closes first: the port is in TIME_WAIT
+            client.recv(1)
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("127.0.0.1", port))
+    with listen(ServeConfig(port=port)) as listener:
+        listener.listen()
 
 
 def test_a_small_answer_waits_for_no_confirmation_of_its_head():

@@ -205,6 +205,7 @@ class _Base:
             import httpx
         except ImportError:
             raise MissingExtra("bitfit.client", "client") from None
+        _check_address(url)
         self._httpx: Any = httpx
         self._retries = retries
         self._url = url
@@ -444,6 +445,24 @@ class AsyncClient(_Base):
                 return _checked(outcome)
             await asyncio.sleep(pause)
             attempt += 1
+
+
+def _check_address(url: str) -> None:
+    """Refuse what httpx would refuse at the first request only.
+
+    Raises:
+        UsageError: it is no address of a server.
+    """
+    scheme, mark, rest = url.partition("://")
+    if mark and scheme.lower() in ("http", "https"):
+        if rest.startswith(("/", "?", "#")) or not rest:
+            raise UsageError(
+                f"{url!r} is no address of a server: it names no host; expected such as "
+                "http://localhost:8000"
+            )
+        return
+    near = f"; did you mean http://{url}?" if url and not mark else ""
+    raise UsageError(f"{url!r} is no address of a server: it begins with http:// or https://{near}")
 
 
 def _pause(attempt: int, asked: float = 0.0) -> float:

@@ -14,6 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match, Route
 
 import bitfit
 from bitfit.errors import BitfitError, UnknownTask
@@ -33,7 +34,10 @@ LARGE = 4096
 """Scores and the like of an answer beyond which it is written in a thread: some 5 ms."""
 V = TypeVar("V")
 Name = Annotated[str, Path(max_length=200, description="The task's name.", examples=["intent"])]
-NewName = Annotated[str, Path(pattern=wire.NAME_PATTERN, examples=["intent"])]
+# The pattern is for the description only: what it refuses, wire.check_name says in words.
+NewName = Annotated[
+    str, Path(json_schema_extra={"pattern": wire.NAME_PATTERN}, examples=["intent"])
+]
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _bearer = HTTPBearer(auto_error=False, description="One of the server's API keys.")
 
@@ -274,6 +278,7 @@ class _Routes:
         pinned: Annotated[bool, Query(description="Keep its row in memory.")] = False,
     ) -> Response:
         """Add a task, or replace it by a new version; requests on the old one finish on it."""
+        wire.check_name(name)
         async with self._bodies.read(request, self._config.max_upload_bytes) as data:
             _note(request, bytes=len(data))
             info, is_new = await self._service.put(name, data, pinned=pinned)
@@ -323,7 +328,7 @@ class _Routes:
         """Send a file of the page."""
         found: Asset | None = self._assets.get(asset)
         if found is None:
-            raise RequestFailed(404, "there is no such file")
+            raise RequestFailed(404, f"the page has no file {_shown(asset)}")
         headers = {"etag": found.tag, "cache-control": "no-cache"}
         if request.headers.get("if-none-match") == found.tag:
             return Response(status_code=304, headers=headers)
@@ -394,10 +399,11 @@ def _add_handlers(app: FastAPI) -> None:
     async def bad_fields(_: Request, error: RequestValidationError) -> Response:
         return answer(wire.bad_fields([(e["loc"], e["msg"]) for e in error.errors()]))
 
-    async def http(_: Request, error: HTTPException) -> Response:
-        return answer(
-            RequestFailed(error.status_code, str(error.detail), headers=error.headers or {})
+    async def http(request: Request, error: HTTPException) -> Response:
+        failed = _of_routing(request, error.status_code) or RequestFailed(
+            error.status_code, str(error.detail), headers=error.headers
         )
+        return answer(failed)
 
     handlers: Mapping[type[Exception], Handler] = {
         RequestFailed: request_failed,
@@ -407,6 +413,34 @@ def _add_handlers(app: FastAPI) -> None:
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
+
+
+def _of_routing(request: Request, status: int) -> RequestFailed | None:
+    """Return what is answered where no route takes a request; None: that is not what it is."""
+    path = _shown(request.scope["path"])
+    if status == 404:
+        return RequestFailed(
+            404, f"there is nothing at {path}: tasks are at /v1/tasks and /v1/tasks/NAME, texts "
+            "are sent to /v1/predict, and /openapi.json describes everything",
+        )  # fmt: skip
+    if status == 405:
+        taken = ", ".join(_methods_at(request))
+        return RequestFailed(
+            405, f"{path} takes {taken}; {_shown(request.method)} was sent",
+            headers={"Allow": taken},
+        )  # fmt: skip
+    return None
+
+
+def _methods_at(request: Request) -> list[str]:
+    """Return the methods of all routes of a path; Starlette's own header has the first one's."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    at = [route for route in routes if route.matches(request.scope)[0] != Match.NONE]
+    return sorted({method for route in at for method in route.methods or ()})
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 # --- OpenAPI ------------------------------------------------------------------------------------

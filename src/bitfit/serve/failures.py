@@ -94,6 +94,20 @@ def closing() -> RequestFailed:
     return RequestFailed(503, "starting, or shutting down", code="closing")
 
 
+def too_late(what: str, allowed_ms: float, limit_ms: float) -> RequestFailed:
+    """Return what is answered where a deadline passed.
+
+    Args:
+        what: what did not happen by then.
+        allowed_ms: the deadline.
+        limit_ms: the longest that the server allows.
+    """
+    return RequestFailed(
+        504, f"{what} by its deadline of {allowed_ms:.0f} ms: send fewer items in a request, or "
+        f"allow more time with deadline_ms (at most {limit_ms:.0f}, the server's --deadline-ms)",
+    )  # fmt: skip
+
+
 def from_error(error: BitfitError) -> RequestFailed:
     """Return what a request is answered with where ``error`` stopped it."""
     status, code = next((s, c) for kind, s, c in _OF_ERRORS if isinstance(error, kind))

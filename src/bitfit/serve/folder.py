@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bitfit.errors import BitfitError, UnknownTask, UnreadableTaskFile
-from bitfit.serve.shelf import FINGERPRINT, NAME, Shelf, TaskInfo
+from bitfit.serve.shelf import FINGERPRINT, NAME, NAMES, Shelf, TaskInfo
 from bitfit.serve.sources import SUFFIX, list_sources, read_source
 
 
@@ -79,8 +79,7 @@ class Folder:
             UnreadableTaskFile: the file system does not give it.
         """
         if not NAME.fullmatch(name):
-            what = "a task's name has letters, digits, '_', '.' and '-', at most 100 of them"
-            return [Change("refused", name, path, f"{path}: {what}")]
+            return [Change("refused", name, path, f"{path}: {NAMES}")]
         try:
             file = read_source(path)
             if self._seals.get(path) == file.seal:

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 import bitfit
 from bitfit.errors import BitfitError, UnknownTask
 from bitfit.serve.engine import Item
-from bitfit.serve.failures import RequestFailed, closing
+from bitfit.serve.failures import RequestFailed, closing, too_late
 from bitfit.serve.link import Link, Lost
 from bitfit.serve.logs import LOGGER, log
 from bitfit.serve.metrics import Labelled, Metrics
@@ -290,8 +290,10 @@ class Front:
                 )
         except TimeoutError:
             self.metrics.refused("deadline")
-            raise RequestFailed(504, "its replica did not answer by its deadline") from None
+            raise too_late("its replica did not answer", allowed, self.config.deadline_ms) from None
         except RequestFailed as failed:
+            if failed.status == 504:  # the replica knows only what was left of the deadline
+                raise too_late("it was not answered", allowed, self.config.deadline_ms) from None
             if failed.code in ("no_replica", "lost"):  # what a replica refused, it counts itself
                 self.metrics.refused(failed.code)
             raise

@@ -40,7 +40,7 @@ class Closing(Refused):
 
 
 class DeadlineExceeded(Exception):
-    """A request was not answered in time; what was left of it is not computed."""
+    """What of a request was not done in time; what was left of it is not computed."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class MicroBatcher(Generic[T, R]):
         allowed = min(self.limits.max_delay, deadline - asyncio.get_running_loop().time())
         if wait > allowed:
             raise QueueFull(
-                f"it would wait about {wait:.1f} s, {max(allowed, 0):.1f} s are allowed",
+                f"it would wait about {_told(wait)}, {_told(max(allowed, 0))} are allowed",
                 retry_after=wait - max(allowed, 0),
             )
         return Place(self, items, deadline)
@@ -210,7 +210,7 @@ class MicroBatcher(Generic[T, R]):
                 return await request.future
         except TimeoutError:
             if request.future.cancelled():
-                raise DeadlineExceeded("not answered by its deadline") from None
+                raise DeadlineExceeded("it was not answered") from None
             # It came just as the clock rang; or it is what the computation raised.
             return request.future.result()
         finally:
@@ -373,3 +373,8 @@ class Place(Generic[T, R]):
             DeadlineExceeded: the deadline passed.
         """
         return await self._queue.run(work, self._deadline)
+
+
+def _told(seconds: float) -> str:
+    """Return a time for a person: a short one in ms, since a deadline of 50 ms is no 0.0 s."""
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1000:.0f} ms"

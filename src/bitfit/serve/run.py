@@ -85,6 +85,9 @@ def describe_base(encoder: Encoder) -> dict[str, Any]:
 def listen(config: ServeConfig) -> socket.socket:
     """Return a socket bound to the address of ``config``, not yet listening.
 
+    The port is kept from now on, and who connects is refused by the system until :func:`serve`
+    takes requests: nobody waits for a base that loads.
+
     Raises:
         UsageError: the port is taken, or not allowed, or there is no such address.
     """
@@ -97,14 +100,38 @@ def listen(config: ServeConfig) -> socket.socket:
     # With the protocol named, asyncio turns off Nagle's algorithm on what is accepted. Without, the
     # body of a small answer waits for the client to confirm its head: 40 ms.
     found = socket.socket(family, kind, protocol)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind(address)
-        found.listen(BACKLOG)  # two servers may bind; only one may listen
+        _bind(found, address)
     except OSError as error:
         found.close()
         raise UsageError(_why_not(config, error)) from error
     return found
+
+
+def _bind(listener: socket.socket, address: Any) -> None:
+    """Bind, so that nobody else can, where that is possible.
+
+    Two sockets that both say SO_REUSEADDR may be bound to one port while none of them listens: two
+    servers started together would each load a base before one is told. So it is first tried
+    without; but then what is left of a former server's connections (TIME_WAIT, a minute) keeps the
+    port, which is no reason to refuse a restart.
+    """
+    try:
+        listener.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+
+
+def _begin_to_listen(listener: socket.socket, config: ServeConfig) -> None:
+    # The connections accepted inherit it: the port is free at once for the server after this one.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:  # another was bound too, and was ready before
+        raise UsageError(_why_not(config, error)) from error
 
 
 def _why_not(config: ServeConfig, error: OSError) -> str:
@@ -134,7 +161,8 @@ async def serve(
         on_ready: called when requests are taken.
 
     Raises:
-        UsageError: it would be open to other machines without keys.
+        UsageError: it would be open to other machines without keys, or another program that
+            shared the port listens there by now.
         BitfitError: the tasks cannot be loaded.
     """
     check_bind(service.config, keys)
@@ -151,6 +179,7 @@ async def serve(
     )  # fmt: skip
     await service.start()
     try:
+        _begin_to_listen(listener, service.config)  # before anybody is told to come
         log("started", tasks=service.task_count, keys=len(keys), base=service.base.get("name"))
         on_ready()
         await server.serve(sockets=[listener])

@@ -15,7 +15,7 @@ from bitfit.errors import BitfitError, UnknownTask, UnreadableTaskFile
 from bitfit.freed import trim
 from bitfit.serve.changes import Changes, bytes_of
 from bitfit.serve.engine import Answer, Engine, Item, Ready, parts
-from bitfit.serve.failures import RequestFailed, closing
+from bitfit.serve.failures import RequestFailed, closing, too_late
 from bitfit.serve.logs import log
 from bitfit.serve.metrics import Metrics
 from bitfit.serve.microbatch import (
@@ -166,7 +166,7 @@ class Service:
             raise _refused(refused) from None
         except DeadlineExceeded as late:
             self.metrics.refused("deadline")
-            raise RequestFailed(504, str(late)) from None
+            raise too_late(str(late), allowed, self.config.deadline_ms) from None
         except asyncio.CancelledError:
             self.metrics.refused("abandoned")
             raise
@@ -251,7 +251,7 @@ class Service:
                 return await asyncio.wrap_future(future)
         except TimeoutError:
             _give_up(future, waiting)
-            raise DeadlineExceeded("its texts were not read by its deadline") from None
+            raise DeadlineExceeded("its texts were not read") from None
         except asyncio.CancelledError:
             _give_up(future, waiting)
             raise

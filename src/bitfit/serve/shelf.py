@@ -26,6 +26,11 @@ from bitfit.taskfile import TaskFile
 from bitfit.tasks import Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+NAMES = (
+    "a task's name has letters, digits, '_', '.' and '-', at most 100 of them, and begins with a "
+    "letter or digit"
+)
+"""What :data:`NAME` says, for people."""
 FINGERPRINT = 16
 """Hex digits of a file's SHA-256 that tell versions apart."""
 
@@ -48,8 +53,6 @@ class TaskInfo:
     """Of its row as it is kept, and of its head."""
     fingerprint: str
     """The first hex digits of its file's SHA-256."""
-    created: int
-    """Grows from version to version, over all tasks."""
     pinned: bool
     resident: bool
     """Whether its row is in memory."""
@@ -69,6 +72,7 @@ class _Version:
     name: str
     number: int
     created: int
+    """Grows from version to version, over all tasks: no two have the same in memory."""
     fitting: FittingTask
     source: str | None
     pinned: bool
@@ -434,7 +438,7 @@ class Shelf:
             metric=task.metric, score=version.score, is_pair=task.is_pair,
             max_length=fitting.max_length,
             bytes=self.tasks.bank.row_bytes + fitting.head_bytes,
-            fingerprint=version.fingerprint, created=version.created, pinned=version.pinned,
+            fingerprint=version.fingerprint, pinned=version.pinned,
             resident=version.held is not None, source=version.source,
             description=version.description, licence=version.licence,
             can_roll_back=version.before is not None, last_used=version.last_used,

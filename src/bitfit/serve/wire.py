@@ -12,9 +12,11 @@ from pydantic.json_schema import models_json_schema
 from bitfit.errors import BitfitError
 from bitfit.serve.engine import Answer, Item
 from bitfit.serve.failures import RequestFailed, from_error
-from bitfit.serve.shelf import NAME, TaskInfo
+from bitfit.serve.shelf import NAME, NAMES, TaskInfo
+from bitfit.serve.sources import SUFFIX
 
 NAME_PATTERN = f"^{NAME.pattern}$"
+BODY = 'a JSON object such as {"items": [{"task": "intent", "text": "Where is my order?"}]}'
 MAX_ITEMS = 1 << 16
 """Items that a request can be read with at all; the server's own limit is lower."""
 MAX_DEADLINE_MS = 3_600_000
@@ -172,7 +174,6 @@ class TaskOut(BaseModel):
     max_length: int
     bytes: int
     fingerprint: str
-    created: int
     pinned: bool
     resident: bool = Field(description="Whether its row is in memory; else asking loads it.")
     source: str | None
@@ -292,7 +293,31 @@ def from_validation(error: ValidationError) -> RequestFailed:
     found = error.errors(include_url=False, include_context=False, include_input=False)
     if found[0]["type"] == "json_invalid":
         return RequestFailed(400, f"the body is no JSON: {found[0]['msg']}", code="bad_json")
+    if not found[0]["loc"]:  # the whole of it is another JSON
+        return bad_fields([(("body",), f"expected {BODY}")])
     return bad_fields([(entry["loc"], entry["msg"]) for entry in found])
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no new task can get.
+
+    Raises:
+        RequestFailed: 422, it has other characters, or is that of a file.
+    """
+    bare = name.removesuffix(SUFFIX)
+    if not NAME.fullmatch(bare):
+        shown = name if len(name) <= 120 else f"{name[:100]}…"
+        raise _bad_name(f"{shown!r} is no name of a task: {NAMES}")
+    if bare != name:  # curl -T adds the file's name to an address that ends in a slash
+        raise _bad_name(
+            f"{name!r} is the name of a file; a task is called as its file is, less {SUFFIX}: "
+            f"send it to /v1/tasks/{bare}"
+        )
+
+
+def _bad_name(message: str) -> RequestFailed:
+    fields = [{"field": "path.name", "message": message}]
+    return RequestFailed(422, message, details={"fields": fields})
 
 
 def bad_fields(found: Sequence[tuple[Sequence[Any], str]]) -> RequestFailed:

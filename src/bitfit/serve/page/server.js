@@ -64,6 +64,7 @@ function show() {
   byId("live-text").textContent = `${digits(latest.items_per_s)} items/s · p50 ${milliseconds(p50)} · p99 ${milliseconds(p99)} ms`;
   const line = chart([{ values: history.map((s) => s?.items_per_s), style: "a" }], 72, 18);
   byId("live-spark").replaceChildren(line.picture);
+  byId("live-spark").hidden = line.top === 0; // a line of zeros looks like a stray stroke
   const base = latest.base ?? {};
   byId("base").textContent = [base.name, latest.version].filter(Boolean).map((part) => shorten(String(part), 60)).join(" · ");
   byId("server").replaceChildren(...parts());
