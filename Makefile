@@ -11,6 +11,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 .PHONY: setup demo serve test check bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): about 3 GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt torch
 	$(BIN)/pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[data,plots,minilm,tensorboard,bench,ray,serve]'

@@ -250,7 +250,16 @@ def test_undefined_scores_are_null_in_json(tmp_path: Path, base: str, run: Run) 
         (("--terms", "queri"), 2, "Did you mean 'query'?"),
         (("--task", "mrcp"), 2, "Did you mean 'mrpc'?"),
         (("--label", "mod"), 2, 'mood'),
-        (("--epochs", "0"), 2, "epochs is 0"),
+        (("--epochs", "0"), 2, "--epochs is 0; expected 1 to"),
+        (("--lr", "-1"), 2, "error: --lr is -1.0; expected 0.0 to 1.0"),
+        (("--batch-size", "0"), 2, "error: --batch-size is 0"),
+        (("--max-length", "2"), 2, "error: --max-length is 2"),
+        (("--dev-fraction", "2"), 2, "error: --dev-fraction is 2.0"),
+        (("--limit", "0"), 2, "error: --limit is 0"),
+        (("--data-seed", "-1"), 2, "error: --data-seed is -1"),
+        (("--seed", "-1"), 2, "error: --seed is -1"),
+        (("--token-column", "pos"), 2, 'error: unknown --token-column "pos"'),
+        (("--split", "test"), 2, "error: --split is 'test', but"),
         (("--epochs", "many"), 2, "'many' for '--epochs'"),
         (("--name", "a b"), 2, "'a b'"),
         (("--threads", "0"), 2, "--threads"),
@@ -269,6 +278,55 @@ def test_misuse_is_told_apart_from_failure(
     last = err.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_place_that_takes_no_file_is_said_before_anything_is_read(
+    more: tuple[str, ...], tmp_path: Path, run: Run
+) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("mine")
+    folder.mkdir()
+    below = f"the folder {file} cannot be written to (Not a directory); choose another"
+    places = [
+        (file / "x", f"error: --out {file}/x: {below}"),
+        (file / "a" / "x", f"error: --out {file}/a/x: {below}"),
+        (folder, f"error: --out {folder} is a directory"),
+        (file, f"error: --out {file} exists and was not written by bitfit"),
+        (tmp_path / ("n" * 300), "File name too long"),
+    ]
+    if Path("/proc/self").exists():
+        places.append((Path("/proc/x"), "--out /proc/x: the folder /proc cannot be written to ("))
+    for out, message in places:
+        code, _, err = run("train", "--data", tmp_path / "none.csv", "--out", out, *more)
+        assert (code, message in err) == (2, True), err
+    assert sorted(tmp_path.iterdir()) == [file, folder]
+    assert (file.read_text(), [*folder.iterdir()]) == ("mine", [])
+
+
+def test_what_a_dry_run_says_of_dev_rows_lengths_and_the_state(
+    tmp_path: Path, base: str, run: Run
+) -> None:
+    data = write_rows(tmp_path / "moods.csv")
+    dev, out = tmp_path / "dev.csv", tmp_path / "x.bitfit.safetensors"
+    seen = data.read_text(encoding="utf-8").splitlines()[1].split(",")[0]
+    dev.write_text(f"body,mood\nnever seen,glad\n{seen},sad\n", encoding="utf-8")
+    arguments = ("train", "--base", base, "--data", data, "--text", "body", "--label", "mood",
+                 "--dev", dev, "--out", out, "--max-length", 5000)  # fmt: skip
+    code, text, err = run(*arguments, "--dry-run", "--resume")
+    assert code == 0
+    length = int(text.split("of train at ")[1].split()[0])
+    assert "1 of 2 dev rows stand among the training rows too" in err
+    assert "--max-length 5000 is more than " in err
+    assert f"texts are cut at {length} tokens" in err
+    assert f"no checkpoint beside {out}: --resume starts anew" in err
+    code, text, err = run(*arguments, "--dry-run", "--quiet")
+    assert (code, err) == (0, "")
+    dev.unlink()
+    dev.symlink_to(data)
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert f"error: --dev {dev} is the file that is trained on" in err
 
 
 def test_a_missing_file_and_a_missing_option(run: Run, tmp_path: Path) -> None:
@@ -411,11 +469,15 @@ def test_the_input_is_checked_before_the_base_is_loaded(
 ) -> None:
     (tmp_path / "tabs.txt").write_text("one\ttwo\n")
     (tmp_path / "c.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "header.csv").write_text("text\n")
+    (tmp_path / "empty.txt").write_text("")
     for name, code, message in (
         ("none.txt", 1, "none.txt: No such file"),
         (".", 2, "is a folder"),
         ("c.csv", 2, "body"),
         ("tabs.txt", 1, "tabs.txt:1: a tab separates two texts, but task 'moods' takes one"),
+        ("header.csv", 1, "header.csv: no rows below the header; expected at least one"),
+        ("empty.txt", 1, "empty.txt: no rows; expected at least one to answer"),
     ):
         more = ("--text", "body") if name == "c.csv" else ()
         found, _, err = run("predict", trained[0], "--base", "/no/such/base", "--input",
@@ -1037,6 +1099,9 @@ def test_a_signal_saves_a_checkpoint_and_resume_ends_in_the_same_bytes(
     assert "error" not in err
     assert not out.exists()
     assert Path(f"{out}.checkpoint").is_file()
+    code, _, err = run(*arguments, "--resume", "--dry-run")
+    assert code == 0
+    assert f"a checkpoint beside {out}: --resume goes on from step 1" in err
     code, _, err = run(*arguments, "--resume")
     assert code == 0
     assert "resumed at step 1 of 10" in err
@@ -1314,6 +1379,21 @@ def test_a_failed_run_and_missing_data_of_several_experiments_are_both_said(
     reproduce("table3")
     lines = capsys.readouterr().out.splitlines()
     assert [len(json.loads(line)) for line in lines] == [2, 1]  # a list, of one too
+
+
+def test_what_an_experiment_cannot_mean_names_the_option(tmp_path: Path, run: Run) -> None:
+    here = ("--data", tmp_path)
+    for arguments, code, message in (
+        (("reproduce", "table9", *here), 2, "Known: table1, table2, table3, table6, figure1, "),
+        (("reproduce", "table9", *here), 2, "layers, peft, curves, all"),
+        (("reproduce", "table3", *here, "--limit", "0"), 2, "--limit '0': expected a number from"),
+        (("reproduce", "table3", *here, "--move"), 2, "give --resume too, or --reuse DIR"),
+        (("reproduce", "table3", "--data", tmp_path / "no"), 1, "no: no such directory"),
+        (("sweep", tmp_path / "no.toml", *here), 1, "no.toml: cannot be read: No such file"),
+    ):
+        found, _, err = run(*arguments)
+        assert (found, message in err) == (code, True), err
+        assert "[Errno" not in err
 
 
 def test_reproduce_all_takes_of_the_options_what_each_experiment_has(tmp_path: Path) -> None:

@@ -22,6 +22,16 @@ def read(data: Path, task: str, **options: object) -> Dataset:
 COLA = 'gj04\t1\t\tOur friends "won\'t" buy.\ngj04\t0\t*\tMost the cat.\n'
 
 
+def test_every_place_that_was_looked_in_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, "cola")
+    places = f"{tmp_path}/CoLA or {tmp_path}/glue_data/CoLA"
+    assert str(caught.value) == (
+        f"{tmp_path}: no train split: looked for train.tsv in {tmp_path} (there is no folder "
+        f"{places} either)"
+    )
+
+
 def test_cola_has_no_header_but_in_test(tmp_path: Path) -> None:
     write(tmp_path / "CoLA/train.tsv", COLA)
     write(tmp_path / "CoLA/dev.tsv", COLA)

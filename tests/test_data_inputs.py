@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,28 @@ def test_what_the_hub_refuses_is_a_data_error(hub: dict[str, Any]) -> None:
         read_dataset(DataConfig(data="hub:odd", dev="dev.csv"))
 
 
+def test_a_hub_out_of_reach_is_said_once_with_the_ways_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+
+    def unreachable(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub (LocalEntryNotFoundError)\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError) as caught:
+        read_dataset(DataConfig(data="hub:a/b"))
+    message = str(caught.value)
+    assert message.startswith("hub:a/b cannot be read from the data hub: Couldn't reach 'a/b' on")
+    assert "a local file or folder; with HF_HUB_OFFLINE=1" in message
+    assert "\n" not in message
+    assert not caplog.records
+    assert logger.level == before
+
+
 def test_any_split_of_a_hub_data_set_is_trained_and_evaluated_on(hub: dict[str, Any]) -> None:
     import datasets
 
@@ -193,6 +216,8 @@ def test_any_split_of_a_hub_data_set_is_trained_and_evaluated_on(hub: dict[str, 
 
     usual = {"dev": ["c", "d"], "test": ["e", "f"]}
     assert texts() == {"train": ["a", "b"]} | usual
+    with pytest.raises(UsageError, match="dev is 'val', the split that is trained on"):
+        texts(train_split="validation", dev="val")
     assert texts(train_split="extra") == {"train": ["g", "h"]} | usual
     assert texts(train_split="extra", dev="train", test="dev") == {
         "train": ["g", "h"], "dev": ["a", "b"], "test": ["c", "d"],

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitfit.data import DataConfig, dataset_hash, hold_out, read_dataset, take_limit
+from bitfit.data.splits import count_shared
 from bitfit.errors import DataError, UsageError
 from bitfit.tasks import SpanExample, TextExample, TokenExample
 
@@ -80,6 +81,28 @@ def test_any_split_of_a_folder_is_trained_on(tmp_path: Path) -> None:
         sizes(train_split="extra")
     with pytest.raises(UsageError, match="is one file"):
         read_dataset(DataConfig(data=tmp_path / "train.csv", train_split="dev"))
+
+
+def test_what_is_trained_on_is_no_dev_file(tmp_path: Path) -> None:
+    path = csv_of(tmp_path / "train.csv", list("ab" * 5))
+    link = tmp_path / "other.csv"
+    link.symlink_to(path)
+    for data, dev in ((path, path), (path, link), (tmp_path, path)):
+        with pytest.raises(UsageError, match=r"^dev .* is the file that is trained on.*leave dev"):
+            read_dataset(DataConfig(data=data, dev=dev))
+    other = csv_of(tmp_path / "more.csv", list("ab" * 5))
+    assert len(read_dataset(DataConfig(data=path, dev=other)).splits["dev"]) == 10
+
+
+def test_rows_that_stand_on_both_sides_are_counted() -> None:
+    train = [TextExample("a", None, 0), TextExample("b", "c", 1)]
+    dev = [TextExample("a", None, 1), TextExample("b", None, 1), TextExample("b", "c", 1)]
+    assert count_shared(train, dev) == 2
+    assert count_shared(train, []) == 0
+    words = TokenExample(("a", "b"), (0, 1))
+    assert count_shared([words], [words, TokenExample(("a",), (0,))]) == 1
+    span = SpanExample("who", "the context", ())
+    assert count_shared([span], [span, SpanExample("why", "the context", ())]) == 1
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.floats(0.01, 0.9))

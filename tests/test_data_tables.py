@@ -101,6 +101,26 @@ def test_a_broken_csv_names_line_and_expectation(
     assert expected in complaint(write(tmp_path, "t.csv", content))
 
 
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        ("text;label\na;x\n", {}, "text;label. The header has ';' and no comma: save the file"),
+        ("text;label\na;x\n", {"text": "text", "label": "label"}, "The header has ';'"),
+        ("text\tlabel\na\tx\n", {}, "tabs and no comma: call the file .tsv, or say the format"),
+        ("text,mood\na,x\n", {}, "the columns are text, mood"),
+        ("text,label\na,x\n", {"task": "mrpc"}, "two texts, and t.csv seems to have one: name "
+         "their columns with text and text_pair (--text, --text-pair); the columns are text"),
+        ("text1,text2,label\na,b,1\n", {"task": "sst2"}, "name its column with text (--text)"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_columns_is_said(
+    content: str, options: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    found = complaint(write(tmp_path, "t.csv", content), **options)
+    assert expected in found
+    assert ("no comma" in found) == ("no comma" in expected or "';'" in expected)
+
+
 def test_bom_and_crlf_are_tolerated(tmp_path: Path) -> None:
     path = write(tmp_path, "t.csv", b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode())
     assert read(path).splits == read(write(tmp_path, "u.csv", CSV)).splits

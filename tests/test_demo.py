@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import csv
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bitfit import TaskFile, demo
-from bitfit.cli import main
+from bitfit.cli import main, showing_demo
 from bitfit.errors import BitfitError
 from bitfit.training.plan import checkpoint_path
 from bitfit.training.train import StepDone
@@ -71,6 +72,23 @@ def test_the_command_shows_both_tables_and_where_the_files_are(
     assert "3/3 sentiment" in err
     for expected in ("meaningless", "majority", str(tmp_path), "bitfit predict", *demo.SENTENCES):
         assert expected in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_demo_says_in_a_line_what_is_kept(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(folder: Path, **_: object) -> None:
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(showing_demo, "run_demo", stopped)
+    assert main(["demo", "--keep", str(tmp_path)]) == 130
+    again = "The same command trains all three tasks anew\n"
+    assert capsys.readouterr() == ("", f"stopped; no task file is there yet. {again}")
+    demo.task_file(tmp_path, "intent").write_bytes(b"of a task that was finished")
+    assert main(["demo", "--keep", str(tmp_path)]) == 130
+    kept = f"kept in {tmp_path}: intent.bitfit.safetensors"
+    assert capsys.readouterr() == ("", f"stopped; {kept}. {again}")
 
 
 def test_a_file_where_the_folder_should_be_is_refused_at_the_start(

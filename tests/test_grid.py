@@ -1,6 +1,7 @@
 """Grids in TOML: what is read, and what is refused with its place."""
 
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pytest
 import typer
 
 from bitfit.cli import app, options
-from bitfit.errors import UsageError
+from bitfit.errors import DataError, UsageError
 from bitfit.experiments.conditions import Conditions
 from bitfit.experiments.grid import (
+    FIGURES,
     PRINTED,
     builtin_grid,
     builtin_grids,
+    experiment_names,
     grid_task,
     parse_grid,
     read_grid,
@@ -107,9 +110,24 @@ def test_which_epoch_counts_is_no_option_of_a_grid():
         parse_grid(f'{SMALL}keep = "last"\n', "small.toml", default_name="small")
 
 
-def test_a_missing_file_is_misuse(tmp_path):
-    with pytest.raises(UsageError, match="cannot be read"):
-        read_grid(tmp_path / "none.toml")
+def test_a_missing_file_is_a_failure_that_is_said_once(tmp_path):
+    path = tmp_path / "none.toml"
+    with pytest.raises(DataError) as found:
+        read_grid(path)
+    assert str(found.value) == f"{path}: cannot be read: No such file or directory"
+    path.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="it is not UTF-8"):
+        read_grid(path)
+
+
+def test_names_are_listed_in_the_order_of_the_page_that_explains_them():
+    page = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    names = experiment_names()
+    assert {*builtin_grids(), *FIGURES} == set(names)
+    assert [*(name for name in names if name in explained), "all"] == explained
+    with pytest.raises(UsageError, match=r"unknown experiment 'table9'.*, curves$"):
+        builtin_grid("table9")
 
 
 @pytest.mark.parametrize("name", builtin_grids())

@@ -11,6 +11,7 @@ import torch
 from bitfit.errors import BitfitError, CorruptTaskFile, NotWritten
 from bitfit.storage import (
     atomic_write,
+    check_folder,
     dump_json,
     pack_safetensors,
     parse_json,
@@ -180,6 +181,24 @@ def test_unpacking_raises_the_error_asked_for_and_names_the_kind_of_file():
     with pytest.raises(BitfitError, match=r"here: not a bitfit checkpoint: 2 bytes") as caught:
         unpack_safetensors(b"xy", "k", source="here", what="checkpoint", error=BitfitError)
     assert not isinstance(caught.value, CorruptTaskFile)
+
+
+@pytest.mark.parametrize("text", ["text,label\r\ngood,1\n", "\ufeffa name\tand more", "é" * 200])
+def test_a_text_file_is_called_one(text):
+    with pytest.raises(CorruptTaskFile, match=r"t: not a bitfit task file: it looks like a text"):
+        read_header(text.encode(), "k", source="t")
+    with pytest.raises(CorruptTaskFile, match="its header claims"):
+        read_header(b"\x01" + text.encode(), "k", source="t")
+
+
+def test_a_folder_that_takes_files_is_told_from_one_that_does_not(tmp_path):
+    check_folder(tmp_path)
+    check_folder(tmp_path / "not" / "there")
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError) as caught:
+        check_folder(tmp_path / "file" / "below")
+    assert caught.value.filename == str(tmp_path / "file")
 
 
 def test_a_second_metadata_key_is_refused():

@@ -82,6 +82,11 @@ def example_files(task: str) -> tuple[Path, Path]:
     return train, dev
 
 
+def task_file(folder: Path, task: str) -> Path:
+    """Return where the demo writes one of its tasks."""
+    return folder / f"{task}.bitfit.safetensors"
+
+
 def run_demo(
     folder: Path,
     *,
@@ -120,9 +125,10 @@ def run_demo(
         train, dev = example_files(task)
         settings: dict[str, Any] = {**(FROZEN if method == "frozen" else BITFIT)}
         settings |= QUICK if quick else {}
-        out = folder / f"{task}.bitfit.safetensors" if method == "bitfit" else None
-        if out is not None:  # of a demo that was stopped: this one begins anew
-            checkpoint_path(out).unlink(missing_ok=True)
+        out = task_file(folder, task) if method == "bitfit" else None
+        state = checkpoint_path(out)
+        if state is not None:  # of a demo that was stopped: this one begins anew
+            state.unlink(missing_ok=True)
         outcome = finetune(
             encoder, data=train, dev=dev, text="text", label="label", name=task, method=method,
             out=out,

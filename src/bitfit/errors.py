@@ -31,9 +31,19 @@ class BitfitError(Exception):
 
 
 class UsageError(BitfitError):
-    """An argument that cannot be meant: the message names it and what was expected."""
+    """An argument that cannot be meant: the message names it and what was expected.
+
+    Args:
+        message: what is wrong.
+        field: the argument that the message names as the library calls it, such as
+            ``learning_rate``; the command line puts its own name there (``--lr``).
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class UnknownTerm(UsageError):

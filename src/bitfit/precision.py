@@ -60,7 +60,8 @@ def choose_place(dtype: str, device: str) -> torch.device:
         BaseModelError: a device that is not there.
     """
     if dtype not in ("auto", *PRECISIONS):
-        raise UsageError(f"dtype {dtype!r} is not one of auto, {', '.join(PRECISIONS)}")
+        known = ", ".join(PRECISIONS)
+        raise UsageError(f"dtype {dtype!r} is not one of auto, {known}", field="dtype")
     place = choose_device(device)
     if dtype == "tf32" and not _has_tf32(place):
         raise UsageError(

@@ -6,6 +6,7 @@ parsed, and nothing is ever unpickled.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 STALE_SECONDS = 3600
 # How the folder begins that a folder's new files are written into.
 _UNFINISHED = ".unfinished-"
+# So many bytes tell a text file.
+_LOOKED_AT = 256
 # What a file of another kind begins with.
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive, as torch.save writes (.bin, .pt); it may hold pickled code",
@@ -162,6 +165,25 @@ def _move_files(names: Sequence[Path], source: Path, target: Path, last: str) ->
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / name, target / name)
     _sync_folder(target)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Make sure that files can be made in ``folder``, or in the nearest above it that is there.
+
+    A file is made and removed: the permissions that a folder has do not tell of all file systems.
+
+    Raises:
+        OSError: with the folder that takes none as its ``filename``.
+    """
+    place = Path(os.path.realpath(folder))
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    probe = place / f".bitfit.{secrets.token_hex(6)}.tmp"
+    try:
+        probe.open("xb").close()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 @contextmanager
@@ -306,6 +328,10 @@ def read_header(
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length < 2:
         raise error(f"{source}: not a bitfit {what}: {len(data)} bytes, no safetensors header")
+    if length > max_header and _is_text(data[:_LOOKED_AT]):
+        raise error(
+            f"{source}: not a bitfit {what}: it looks like a text file; nothing of it was read"
+        )
     if length > max_header:
         raise error(
             f"{source}: not a bitfit {what}: its header claims {length} bytes, "
@@ -321,6 +347,16 @@ def read_header(
     except ValueError as bad:
         raise error(f"{source}: the header is damaged ({_short(bad)}); copy it again") from None
     return _checked_header(found, key, f"{source}: not a bitfit {what}", error)
+
+
+def _is_text(begin: bytes) -> bool:
+    """Whether bytes are those of a plain text: UTF-8 without control characters."""
+    # Not final: a character may be cut in two at the end.
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(begin)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(c.isprintable() or c in "\t\r\n\ufeff" for c in text)
 
 
 def _header_follows(data: bytes, max_header: int) -> bool:

@@ -208,14 +208,18 @@ class _Source:
 
         Raises:
             UsageError: standard input is to be read, and there is none.
+            DataError: a file without texts.
         """
         if self.is_stdin:
             if sys.stdin is None:  # closed by who started this process
                 raise UsageError("standard input is closed: give texts as arguments, or --input")
             return
         first = next(self.rows, None)
-        if first is not None:
-            self.rows = itertools.chain([first], self.rows)
+        if first is None:
+            is_headed = self.given["input"].suffix.lower() in (".csv", ".tsv")
+            what = "no rows below the header" if is_headed else "no rows"
+            raise DataError(f"{self.given['input']}: {what}; expected at least one to answer")
+        self.rows = itertools.chain([first], self.rows)
 
     def __iter__(self) -> Iterator[TextExample]:
         return self.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import typer
 
 import bitfit
 from bitfit.cli import bench, console, experiments, look, serve, train, use
-from bitfit.errors import BitfitError
+from bitfit.errors import BitfitError, UsageError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -117,7 +118,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         if error.exit_code == INTERRUPTED:
             console.note(str(error))  # as was asked: no error
         else:
-            console.error(str(error))
+            console.error(_with_option(error, arguments))
         return error.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # of typer or click: the command line is wrong
@@ -160,6 +161,25 @@ def _hide_type_of_flags(command: Any) -> None:
             option.metavar = ""
     for each in getattr(command, "commands", {}).values():
         _hide_type_of_flags(each)
+
+
+def _with_option(error: BitfitError, arguments: Sequence[str]) -> str:
+    """Return an error's message with the name of the option that was typed, not the library's."""
+    message = str(error)
+    if not isinstance(error, UsageError) or error.field is None:
+        return message
+    option = _options_of(arguments).get(error.field, error.field)
+    return re.sub(rf"\b{re.escape(error.field)}\b", option, message, count=1)
+
+
+def _options_of(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the options of the command that was typed, by the names of its parameters."""
+    command: Any = typer.main.get_command(app)
+    words = iter(arguments)
+    while (commands := getattr(command, "commands", None)) is not None:
+        command = next((commands[word] for word in words if word in commands), None)
+    options = getattr(command, "params", ())
+    return {each.name: each.opts[0] for each in options if each.opts[0].startswith("-")}
 
 
 def _misuse(error: Exception, arguments: Sequence[str]) -> int:

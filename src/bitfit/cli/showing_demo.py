@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.progress import Progress, TextColumn
 
 from bitfit.cli import console
-from bitfit.demo import DemoResult, DemoStarted, run_demo
+from bitfit.demo import TASKS, DemoResult, DemoStarted, run_demo, task_file
+from bitfit.errors import TrainingInterrupted
 from bitfit.training.finetune import Event, RunStarted
 from bitfit.training.train import EpochDone, StepDone
 
@@ -37,9 +38,24 @@ class _Progress:
 
 
 def run(folder: Path, *, base: str, quick: bool, quiet: bool) -> DemoResult:
-    """Run the demo with its progress on standard error."""
-    with console.bar(quiet, TextColumn("{task.fields[dev]}", markup=False)) as bar:
-        return run_demo(folder, base=base, quick=quick, on_event=_Progress(bar, quiet))
+    """Run the demo with its progress on standard error.
+
+    Raises:
+        TrainingInterrupted: Ctrl-C or SIGTERM; says what is kept.
+    """
+    try:
+        # Never running: a demo begins again anew, so there is no state to save.
+        with (
+            console.Interruption(),
+            console.bar(quiet, TextColumn("{task.fields[dev]}", markup=False)) as bar,
+        ):
+            return run_demo(folder, base=base, quick=quick, on_event=_Progress(bar, quiet))
+    except KeyboardInterrupt:
+        files = [path.name for task in TASKS if (path := task_file(folder, task)).is_file()]
+        kept = f"kept in {folder}: {', '.join(files)}" if files else "no task file is there yet"
+        raise TrainingInterrupted(
+            f"stopped; {kept}. The same command trains all three tasks anew"
+        ) from None
 
 
 def show(result: DemoResult, folder: Path, quick: bool) -> None:
@@ -72,7 +88,7 @@ def show(result: DemoResult, folder: Path, quick: bool) -> None:
         for text, found in zip(result.sentences, result.answers, strict=True)
     ]
     console.print_table(("text", *(a.task for a in result.answers[0])), answers)
-    files = shlex.join(str(folder / f"{row['task']}.bitfit.safetensors") for row in result.tasks)
+    files = shlex.join(str(task_file(folder, row["task"])) for row in result.tasks)
     first = shlex.quote(result.tasks[0]["file"])
     console.say(
         f"\nThe files are in {folder.resolve()}. Took {console.duration(result.seconds)}. Next:"

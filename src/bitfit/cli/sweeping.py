@@ -22,7 +22,13 @@ from bitfit.experiments.answers import restore_answers
 from bitfit.experiments.dry_run import dry_run as plan_sweep
 from bitfit.experiments.execute import BegunAnew
 from bitfit.experiments.executor import WorkerLost
-from bitfit.experiments.grid import Grid, builtin_grid, builtin_grids, read_grid
+from bitfit.experiments.grid import (
+    Grid,
+    builtin_grid,
+    builtin_grids,
+    check_experiment,
+    read_grid,
+)
 from bitfit.experiments.report.write import write_report
 from bitfit.experiments.store import Store
 from bitfit.experiments.submission import best_runs, glue_folder, write_submission
@@ -60,6 +66,7 @@ def own_grid(given: Mapping[str, Any]) -> Ordered:
 
 def paper_grids(given: Mapping[str, Any]) -> list[Ordered]:
     """Return one of the paper's grids, or all of them, as the options change them."""
+    check_experiment(given["name"], "all")
     if given["name"] != "all":
         grid = _changed(builtin_grid(given["name"]), given)
         return [Ordered(grid, given["out"] or Path("results") / grid.name, _settings(given))]
@@ -179,7 +186,12 @@ def _changed(grid: Grid, given: Mapping[str, Any]) -> Grid:
 def _settings(given: Mapping[str, Any], others: Sequence[Path] = ()) -> Settings:
     data = Path(given["data"])
     if not data.is_dir():
-        raise UsageError(f"--data {data}: no such directory")
+        raise DataError(f"--data {data}: no such directory")
+    if given["move"] and not (given["resume"] or given["reuse"]):
+        raise UsageError(
+            "--move goes on with an experiment elsewhere: give --resume too, or --reuse DIR for a "
+            "new one that comes from where that one is"
+        )
     return Settings(
         data=data, command=shlex.join(["bitfit", *sys.argv[1:]]), dtype=given["dtype"],
         device=given["device"], threads=given["threads"],
@@ -193,7 +205,7 @@ def _settings(given: Mapping[str, Any], others: Sequence[Path] = ()) -> Settings
 
 def _experiment(path: Path) -> Path:
     if not Store(path).exists:
-        raise UsageError(f"--reuse {path}: no experiment is there")
+        raise DataError(f"--reuse {path}: no experiment is there")
     return path
 
 
@@ -217,8 +229,10 @@ def _limits(text: str | None) -> dict[str, int] | None:
     limits = {}
     for word in _names(text):
         task, _, number = word.rpartition("=")
-        if not number.isdigit():
-            raise UsageError(f"--limit {text!r}: expected a number, or TASK=NUMBER between commas")
+        if not number.isdigit() or int(number) == 0:
+            raise UsageError(
+                f"--limit {text!r}: expected a number from 1 up, or TASK=NUMBER between commas"
+            )
         limits[task.strip()] = int(number)
     return limits
 
@@ -411,7 +425,7 @@ def make_report(
 ) -> dict[str, Any]:
     """Write the report of an experiment, and return its files and what it lacks."""
     if data is not None and not data.is_dir():
-        raise UsageError(f"--data {data}: no such directory")
+        raise DataError(f"--data {data}: no such directory")
     store = Store(directory)
     left_out = [] if data is None else restore_answers(store, data)
     report = write_report(store, out)

@@ -17,13 +17,15 @@ from bitfit.calibration import CALIBRATED_KINDS
 from bitfit.cli import console, options
 from bitfit.data import DataConfig, Dataset
 from bitfit.data.files import project_name
+from bitfit.data.splits import count_shared
 from bitfit.doctor import count_parameters
 from bitfit.errors import BitfitError, MissingExtra
 from bitfit.jsonable import jsonable
+from bitfit.training.checkpoint import recorded_step
 from bitfit.training.finetune import DataRead, Event, RunStarted, finetune
 from bitfit.training.lane import Lane
 from bitfit.training.outputs import MIN_CALIBRATION_ROWS, Outcome
-from bitfit.training.plan import checkpoint_path
+from bitfit.training.plan import check_out, checkpoint_path
 from bitfit.training.settings import PEFT_METHODS, ROW_METHODS
 from bitfit.training.train import EpochDone, StepDone
 
@@ -72,6 +74,38 @@ def _default_out(config: DataConfig, given: Mapping[str, Any]) -> Path:
     if method in PEFT_METHODS:
         return Path(f"{name}.{method.partition(':')[2]}.safetensors")
     return Path(f"{name}-full" if method == "full" else f"{name}.random.safetensors")
+
+
+def _tell_data(dataset: Dataset) -> None:
+    """Say what of the rows may not be meant, before anything long begins."""
+    _tell_kind(dataset)
+    train, dev = (dataset.splits.get(split, ()) for split in ("train", "dev"))
+    if shared := count_shared(train, dev):
+        console.note(
+            f"{shared:,} of {console.count(len(dev), 'dev row')} stand among the training rows "
+            "too: the dev score says less of new texts"
+        )
+
+
+def _tell_length(event: RunStarted, given: Mapping[str, Any]) -> None:
+    """Say that a base takes no texts as long as was asked for."""
+    length = event.lanes[0].config.max_length
+    if given["max_length"] is not None and length < given["max_length"]:
+        console.note(
+            f"--max-length {given['max_length']} is more than {event.encoder.base.name} takes: "
+            f"texts are cut at {length} tokens"
+        )
+
+
+def _tell_state(out: Path) -> None:
+    """Say what ``--resume`` finds."""
+    state = checkpoint_path(out)
+    assert state is not None
+    step = recorded_step(state)
+    if step is None:
+        console.note(f"no checkpoint beside {out}: --resume starts anew")
+    else:
+        console.note(f"a checkpoint beside {out}: --resume goes on from step {step}")
 
 
 def _tell_kind(dataset: Dataset) -> None:
@@ -154,7 +188,7 @@ class Watch:
         """Show one event."""
         if isinstance(event, DataRead):
             if not self.quiet:
-                _tell_kind(event.dataset)
+                _tell_data(event.dataset)
         elif isinstance(event, RunStarted):
             self._begin(event)
         elif isinstance(event, StepDone):
@@ -173,6 +207,7 @@ class Watch:
         if not self.place_is_told:
             self.place_is_told = True
             _tell_place(self.out, self.given, event.set_aside)
+            _tell_length(event, self.given)
         console.note(_headline(event))
         if event.resumed_at:
             console.note(f"resumed at step {event.resumed_at} of {event.total_steps}")
@@ -327,7 +362,9 @@ class _Planned(Exception):
 def plan(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run would do, without a step of it and without writing anything."""
     arguments = _arguments(given)
+    # Not passed on: a run moves what it finds there.
     out = arguments.pop("out")
+    check_out(out, given["storage"], given["method"] or "bitfit")
     read: list[Dataset] = []
 
     def stop(event: Event) -> None:
@@ -344,7 +381,10 @@ def plan(given: Mapping[str, Any]) -> dict[str, Any]:
     lane = event.lanes[0]
     [dataset], encoder = read, event.encoder
     if not given["quiet"]:
-        _tell_kind(dataset)
+        _tell_data(dataset)
+        _tell_length(event, given)
+        if given["resume"]:
+            _tell_state(out)
     return {
         "task": lane.task.name, "kind": lane.task.kind, "labels": list(lane.task.labels),
         "metric": lane.task.metric, "columns": dict(dataset.columns),

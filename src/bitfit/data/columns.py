@@ -116,15 +116,28 @@ def _guess_pair(columns: Sequence[str]) -> tuple[str | None, str | None]:
 def _no_column(table: Table, role: str) -> UsageError:
     return UsageError(
         f"{table.file}: which column is the {role}? Say it with {role} (--{role}); "
-        f"the columns are {shown(table.columns)}"
+        f"the columns are {shown(table.columns)}{_other_separator(table)}"
     )
+
+
+def _other_separator(table: Table) -> str:
+    """Return what to say of a header whose columns stand between something else than expected."""
+    header = table.columns[0] if len(table.columns) == 1 else ""
+    if "\t" in header:
+        return (
+            ". The header has tabs and no comma: call the file .tsv, or say the format tsv "
+            "(--format tsv)"
+        )
+    if ";" in header:
+        return ". The header has ';' and no comma: save the file with commas between its columns"
+    return ""
 
 
 def _check_column(table: Table, name: str | None) -> None:
     if name is not None and name not in table.columns:
         raise UsageError(
             f'{table.file} has no column "{name}".{did_you_mean(name, table.columns)} '
-            f"The columns are {shown(table.columns)}"
+            f"The columns are {shown(table.columns)}{_other_separator(table)}"
         )
 
 
@@ -257,8 +270,7 @@ def read_tables(
         return task, spans, Columns("question", "context", "answers", "id"), None
     columns, records = _all_records(tables, spec)
     if spec.task is not None and spec.task.is_pair != (columns.text_pair is not None):
-        need = "two texts" if spec.task.is_pair else "one text"
-        raise UsageError(f"task {spec.task.name!r} has {need}; name the columns")
+        raise _other_count_of_texts(spec.task, columns, tables[first])
     kind, seen_from = spec.kind, None
     if kind is None:
         kind, answers = infer_kind(records[first])
@@ -280,6 +292,19 @@ def read_tables(
         numbered = ((record.line, record) for record in rows)
         splits[split] = [e for _, e in guard.parse(tables[split].file, numbered, parse)]
     return task, splits, columns, seen_from
+
+
+def _other_count_of_texts(task: Task, columns: Columns, table: Table) -> UsageError:
+    if task.is_pair:
+        return UsageError(
+            f"task {task.name!r} has two texts, and {table.file} seems to have one: name their "
+            "columns with text and text_pair (--text, --text-pair); "
+            f"the columns are {shown(table.columns)}"
+        )
+    return UsageError(
+        f'task {task.name!r} has one text, but two were taken, "{columns.text}" and '
+        f'"{columns.text_pair}": name its column with text (--text)'
+    )
 
 
 def _all_records(

@@ -95,7 +95,9 @@ class DataConfig:
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
         if not str(self.data).strip():
-            raise UsageError("data is empty; name a file, a folder, or hub:owner/name")
+            raise UsageError(
+                "data is empty; name a file, a folder, or hub:owner/name", field="data"
+            )
         self._check_choices()
         self._check_numbers()
         if self.labels is not None:
@@ -104,7 +106,10 @@ class DataConfig:
         if len(set(named)) != len(named):
             raise UsageError(f"a column is named twice among text, text_pair and label: {named}")
         if not self.label_separator:
-            raise UsageError("label_separator is empty; expected a character such as '|'")
+            raise UsageError(
+                "label_separator is empty; expected a character such as '|'",
+                field="label_separator",
+            )
 
     @property
     def builtin(self) -> BuiltinTask | None:
@@ -131,12 +136,14 @@ class DataConfig:
 
     def _check_numbers(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise UsageError(f"limit is {self.limit}; expected at least 1")
+            raise UsageError(f"limit is {self.limit}; expected at least 1", field="limit")
         share = self.dev_fraction
         if not (isinstance(share, numbers.Real) and 0 <= share < 1):
-            raise UsageError(f"dev_fraction is {share!r}; expected 0 up to below 1")
+            raise UsageError(
+                f"dev_fraction is {share!r}; expected 0 up to below 1", field="dev_fraction"
+            )
         if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}; expected 0 or more")
+            raise UsageError(f"seed is {self.seed}; expected 0 or more", field="seed")
 
     def _check_labels(self, labels: tuple[str, ...]) -> None:
         if self.kind in ("regression", "span") and labels:
@@ -150,4 +157,4 @@ class DataConfig:
 def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         hint = did_you_mean(str(value), choices)
-        raise UsageError(f'unknown {what} "{value}".{hint} Known: {", ".join(choices)}')
+        raise UsageError(f'unknown {what} "{value}".{hint} Known: {", ".join(choices)}', field=what)

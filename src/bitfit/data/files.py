@@ -72,11 +72,14 @@ def find_files(config: DataConfig) -> Layout:
     if config.train_split != "train":
         if data.is_file():
             raise UsageError(
-                f"train_split (--split) is {config.train_split!r}, but {data} is one file: it "
-                "chooses among the splits of a folder or of a hub data set"
+                f"train_split is {config.train_split!r}, but {data} is one file: it "
+                "chooses among the splits of a folder or of a hub data set",
+                field="train_split",
             )
         files = splits_by_use(files, {"train": config.train_split})
-    return Layout(layout.format, files | _named_files(config), layout.looked_in)
+    named = _named_files(config)
+    _check_dev_is_other(files.get("train", ()), named.get("dev", ()))
+    return Layout(layout.format, files | named, layout.looked_in)
 
 
 def project_name(config: DataConfig) -> str:
@@ -103,6 +106,21 @@ def _named_files(config: DataConfig) -> Files:
                 raise DataError(f"no such file: {path} ({split})")
             named[split] = (Path(path),)
     return named
+
+
+def _check_dev_is_other(train: Iterable[Path], dev: Iterable[Path]) -> None:
+    """Refuse to choose and score on what is trained on.
+
+    Raises:
+        UsageError: one file is named for both.
+    """
+    for path in dev:
+        if any(path.samefile(own) for own in train):
+            raise UsageError(
+                f"dev {path} is the file that is trained on: its rows would choose the epoch and "
+                "give the score; leave dev out, and rows of train are held out",
+                field="dev",
+            )
 
 
 def _file_format(path: Path, config: DataConfig) -> str:
@@ -138,15 +156,20 @@ def _builtin_layout(data: Path, config: DataConfig, builtin: BuiltinTask) -> Lay
         there = [path for path in paths if path.is_file()]
         if there:
             files[split] = (there[0],)
-    missing = data / builtin.folder
+    missing = " or ".join(map(str, _task_places(data, builtin)))
     looked = f"{data} (there is no folder {missing} either)" if below is None else str(below)
     return Layout(builtin.layout, files, looked)
 
 
 def _task_folder(data: Path, builtin: BuiltinTask) -> Path | None:
-    """Return the task's folder below ``data``; that of a GLUE task also below its glue_data."""
+    """Return the task's folder below ``data``, if it is there."""
+    return next((place for place in _task_places(data, builtin) if place.is_dir()), None)
+
+
+def _task_places(data: Path, builtin: BuiltinTask) -> list[Path]:
+    """Return where a task's folder may be; that of a GLUE task also below a glue_data."""
     places = [data, data / "glue_data"] if builtin.layout == "glue" else [data]
-    return next((p / builtin.folder for p in places if (p / builtin.folder).is_dir()), None)
+    return [place / builtin.folder for place in places]
 
 
 def _folder_layout(data: Path, config: DataConfig) -> Layout:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from bitfit.data.tables import Row, Table
@@ -27,15 +29,39 @@ def read_hub(
         raise MissingExtra("reading from the hub", "data") from None
     path, _, configuration = name.partition(":")
     try:
-        loaded = datasets.load_dataset(path, configuration or None, revision=revision)
+        with _quiet_libraries():
+            loaded = datasets.load_dataset(path, configuration or None, revision=revision)
     except Exception as error:
         # The package raises its own, the hub's, the network's and pyarrow's errors alike.
-        raise DataError(f"hub:{name}: {error}") from error
+        raise DataError(_cannot_read(name, error)) from error
     parts = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     return {
         str(split): _table(f"hub:{name}/{split}", part, task_labels)
         for split, part in parts.items()
     }
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Hold back what the libraries log of retries: our error says what came of them."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _cannot_read(name: str, error: Exception) -> str:
+    reason = str(error).strip() or type(error).__name__
+    return (
+        f"hub:{name} cannot be read from the data hub: {reason.splitlines()[0].rstrip('.')}. "
+        "Without a network give a local file or folder; with HF_HUB_OFFLINE=1 only what is in "
+        "the hub's cache is looked at, and at once"
+    )
 
 
 def _table(file: str, part: Any, task_labels: tuple[str, ...] | None) -> Table:

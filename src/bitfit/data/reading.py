@@ -198,8 +198,15 @@ def _from_hub(
         if use in named and use not in tables:
             raise UsageError(
                 f"{use} is {named[use]!r}, which is no split of hub:{name}; "
-                f"it has {', '.join(found)}"
+                f"it has {', '.join(found)}",
+                field=use,
             )
+    if "dev" in named and tables["dev"] is tables.get("train"):
+        raise UsageError(
+            f"dev is {named['dev']!r}, the split that is trained on: its rows would choose the "
+            "epoch and give the score; leave dev out, and rows of train are held out",
+            field="dev",
+        )
     wanted = _splits_to_read(tables, config, f"its splits: {', '.join(found)}", with_test)
     tables = {split: tables[split] for split in wanted}
     sources: dict[str, tuple[str, ...]] = {split: (table.file,) for split, table in tables.items()}

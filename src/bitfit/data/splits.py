@@ -100,6 +100,20 @@ def _whole_groups(
         yield from groups[i]
 
 
+def count_shared(train: Iterable[Example], dev: Iterable[Example]) -> int:
+    """Return how many rows of ``dev`` have the very input of a row of ``train``."""
+    seen = set(map(_input, train))
+    return sum(_input(example) in seen for example in dev)
+
+
+def _input(example: Example) -> Hashable:
+    if isinstance(example, TextExample):
+        return example.text, example.text_pair
+    if isinstance(example, TokenExample):
+        return example.words
+    return example.question, example.context
+
+
 def dataset_hash(examples: Iterable[Example]) -> str:
     """Return the SHA-256 of the examples' texts and answers in their order, in hexadecimal.
 

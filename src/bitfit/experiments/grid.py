@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from bitfit.data import DataConfig
-from bitfit.errors import UsageError
+from bitfit.errors import DataError, UsageError
 from bitfit.tasks import BUILTIN_TASKS, builtin_task
 from bitfit.training.settings import RECIPES, TrainConfig, rates_to_try, resolve_config
 
@@ -222,12 +222,15 @@ def read_grid(path: str | Path) -> Grid:
     """Return the grid that a TOML file describes.
 
     Raises:
-        UsageError: a file that cannot be read, or an entry that cannot be meant, with the file.
+        DataError: a file that cannot be read.
+        UsageError: an entry that cannot be meant, with the file.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: cannot be read: it is not UTF-8; expected a TOML file") from None
     return parse_grid(text, str(path), default_name=Path(path).stem)
 
 
@@ -258,13 +261,36 @@ def _place(name: str) -> int:
     return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
+# The order of the paper, which is that of docs/reproduce.md.
+_SHOWN = (
+    "table1", "table2", "table3", "table6", "figure1", "figure2", "figure3", "figure4", "figure5",
+    "figure6", "pos", "gap", "convergence", "stability", "terms", "layers", "peft", "curves",
+)  # fmt: skip
+
+
+def experiment_names() -> list[str]:
+    """Return every name of an experiment, those of single figures too, in the paper's order."""
+    names = {*builtin_grids(), *FIGURES}
+    shown = [name for name in _SHOWN if name in names]
+    return [*shown, *sorted(names.difference(shown))]
+
+
+def check_experiment(name: str, *more: str) -> None:
+    """Refuse a name that is no experiment's and none of ``more``.
+
+    Raises:
+        UsageError: with the nearest, and all of them.
+    """
+    _one_of("experiment", name, (*experiment_names(), *more))
+
+
 def builtin_grid(name: str) -> Grid:
     """Return the grid of one of the paper's experiments.
 
     Raises:
         UsageError: an unknown name, with the nearest.
     """
-    _one_of("experiment", name, (*builtin_grids(), *FIGURES))
+    check_experiment(name)
     file, tasks = FIGURES.get(name, (name, None))
     folder = resources.files("bitfit.experiments") / "grids"
     text = (folder / f"{file}.toml").read_text(encoding="utf-8")

@@ -109,6 +109,20 @@ def recorded_conditions(checkpoint: Path | None) -> dict[str, Any]:
     return dict(_read(checkpoint)[1]["identity"])
 
 
+def recorded_step(checkpoint: Path) -> int | None:
+    """Return the step that a run would go on from; None where there is no checkpoint.
+
+    Raises:
+        CheckpointRefused: the checkpoint is damaged.
+    """
+    if not checkpoint.exists():
+        return None
+    note = _read(checkpoint)[1]
+    lanes = note.get("progress")
+    count = len(lanes) if isinstance(lanes, list) else 0
+    return sum(progress.step for progress in _checked_progress(checkpoint, note, count))
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and what is said of them, of which the identity alone is checked."""
     try:

@@ -137,7 +137,7 @@ def finetune(
     """
     began = time.perf_counter()
     data_config, config, rates = plan_run(data, recipe, learning_rate, options, data_seed)
-    check_out(out, storage, config)
+    check_out(out, storage, config.method)
     check_lanes(lanes)
     before = recorded_conditions(checkpoint_path(out)) if resume else {}
     if threads or "threads" in before:

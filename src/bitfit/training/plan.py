@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from bitfit.data import DataConfig
 from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
 from bitfit.rounding import StorageType
-from bitfit.storage import unfinished_in
+from bitfit.storage import check_folder, unfinished_in
 from bitfit.training.adapters import check_installed
 from bitfit.training.settings import TrainConfig, rates_to_try, resolve_config
 
@@ -38,6 +39,8 @@ def plan_run(
     """
     data_options, train_options = _sort_options(options)
     if data_seed is not None:
+        if data_seed < 0:  # here, where its name is known
+            raise UsageError(f"data_seed is {data_seed}; expected 0 or more", field="data_seed")
         data_options["seed"] = data_seed
     if isinstance(data, DataConfig):
         data_config = dataclasses.replace(data, **data_options)
@@ -73,32 +76,73 @@ def _rates(
     if learning_rate == "auto":
         return rates_to_try(method), None
     if isinstance(learning_rate, str):
-        raise UsageError(f"learning_rate {learning_rate!r} is neither a number nor 'auto'")
+        raise UsageError(
+            f"learning_rate {learning_rate!r} is neither a number nor 'auto'", field="learning_rate"
+        )
     return None, learning_rate
 
 
-def check_out(out: str | Path | None, storage: str, config: TrainConfig) -> None:
-    """Refuse what cannot be written before anything long begins."""
+def check_out(out: str | Path | None, storage: str, method: str) -> None:
+    """Refuse what cannot be written before anything long begins; nothing is left there.
+
+    Raises:
+        UsageError: a way to store that there is not; something of another kind is in the place, or
+            no file can be made there.
+    """
     if storage not in get_args(StorageType):
-        raise UsageError(f"storage {storage!r} is not one of {', '.join(get_args(StorageType))}")
+        known = ", ".join(get_args(StorageType))
+        raise UsageError(f"storage {storage!r} is not one of {known}", field="storage")
     if out is None:
         return
     path = Path(out)
-    if config.method != "full":
+    try:
+        _check_replaces(path, method)
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise UsageError(
+            f"out {path}: cannot be written: {error.strerror or error}", field="out"
+        ) from error
+    # A link is written through; its state stands beside the link.
+    for place in dict.fromkeys((path, Path(os.path.realpath(path)))):
+        _check_folder(path, place.parent)
+    if path.is_dir():
+        _check_folder(path, path)
+
+
+def _check_replaces(path: Path, method: str) -> None:
+    """Refuse to write over what is no result of an earlier run."""
+    state = checkpoint_path(path)
+    assert state is not None
+    if state.is_dir():
+        raise UsageError(
+            f"out {path}: the state of the run goes to {state}, and that is a folder; take another",
+            field="out",
+        )
+    if method != "full":
         if path.is_dir():
-            raise UsageError(f"{path} is a directory; --out names the file to write")
+            raise UsageError(f"out {path} is a directory; expected a file to write", field="out")
         if path.exists() and not _is_ours(path):
             raise UsageError(
-                f"{path} exists and was not written by bitfit: it would be lost. Take another --out"
+                f"out {path} exists and was not written by bitfit: it would be lost; take another",
+                field="out",
             )
     elif path.is_file():
-        raise UsageError(f"{path} is a file; --method full writes a directory")
+        raise UsageError(f"out {path} is a file; the method full writes a directory", field="out")
     elif path.is_dir() and any(path.iterdir()) and not _is_our_folder(path):
-        raise UsageError(f"{path} exists and is no checkpoint of bitfit's: take another --out")
+        raise UsageError(
+            f"out {path} exists and is no checkpoint of bitfit's: take another", field="out"
+        )
+
+
+def _check_folder(path: Path, folder: Path) -> None:
+    """Refuse a folder for ``path`` in which no file can be made, not there yet or not."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_folder(folder)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UsageError(
+            f"out {path}: the folder {error.filename} cannot be written to "
+            f"({error.strerror or error}); choose another",
+            field="out",
+        ) from error
 
 
 def _is_ours(path: Path) -> bool:
@@ -134,7 +178,7 @@ def check_rates(rates: tuple[float, ...] | None, splits: Collection[str]) -> Non
 def check_lanes(lanes: int | str) -> None:
     """Refuse a number of lanes that cannot be meant."""
     if lanes != "auto" and not (isinstance(lanes, int) and 1 <= lanes <= 1024):
-        raise UsageError(f"lanes is {lanes!r}; expected 'auto' or 1 to 1024")
+        raise UsageError(f"lanes is {lanes!r}; expected 'auto' or 1 to 1024", field="lanes")
 
 
 def checkpoint_path(out: str | Path | None) -> Path | None:

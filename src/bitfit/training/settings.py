@@ -84,13 +84,16 @@ class TrainConfig:
         self._one_of("class_weights", (None, "balanced"))
         for name in ("terms", "pooling"):
             if not isinstance(value := getattr(self, name), str):
-                raise UsageError(f"{name} is {value!r}; expected a text")
+                raise UsageError(f"{name} is {value!r}; expected a text", field=name)
         self._check_numbers()
         rate = self.attention_dropout
         if rate is not None and not (isinstance(rate, numbers.Real) and 0 <= rate < 1):
-            raise UsageError(f"attention_dropout is {rate!r}; expected 0 up to below 1")
+            raise UsageError(
+                f"attention_dropout is {rate!r}; expected 0 up to below 1",
+                field="attention_dropout",
+            )
         if self.learning_rate == 0.0:
-            raise UsageError("learning_rate is 0: nothing would be learned")
+            raise UsageError("learning_rate is 0: nothing would be learned", field="learning_rate")
 
     def _check_numbers(self) -> None:
         for name, least, most in (
@@ -103,14 +106,16 @@ class TrainConfig:
             kind = numbers.Integral if is_whole else numbers.Real
             if not isinstance(value, kind) or isinstance(value, bool):
                 what = "a whole number" if is_whole else "a number"
-                raise UsageError(f"{name} is {value!r}; expected {what}")
+                raise UsageError(f"{name} is {value!r}; expected {what}", field=name)
             if not least <= value <= most:  # type: ignore[operator]
-                raise UsageError(f"{name} is {value}; expected {least} to {most}")
+                raise UsageError(f"{name} is {value}; expected {least} to {most}", field=name)
 
     def _one_of(self, name: str, allowed: tuple[Any, ...]) -> None:
         if getattr(self, name) not in allowed:
             shown = ", ".join(str(a) for a in allowed if a is not None)
-            raise UsageError(f"{name} is {getattr(self, name)!r}; expected one of {shown}")
+            raise UsageError(
+                f"{name} is {getattr(self, name)!r}; expected one of {shown}", field=name
+            )
 
     def replace(self, **changes: Any) -> TrainConfig:
         """Return a copy with ``changes``, checked."""
@@ -140,7 +145,7 @@ def resolve_config(recipe: str = "default", **given: Any) -> TrainConfig:
         UsageError: an unknown recipe, or a value that cannot be meant.
     """
     if recipe not in RECIPES:
-        raise UsageError(f"unknown recipe {recipe!r}: {', '.join(RECIPES)}")
+        raise UsageError(f"unknown recipe {recipe!r}: {', '.join(RECIPES)}", field="recipe")
     options = {key: value for key, value in given.items() if value is not None}
     if options.get("method") == "full" and "learning_rate" not in options:
         options["learning_rate"] = 3e-5
