@@ -1,7 +1,9 @@
 """Numbers in the pages are those of the result files that they name."""
 
+import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -253,6 +255,28 @@ def test_the_counts_of_degenerate_runs_are_those_of_the_report():
 KEPT = ROOT / "experiments" / "results"
 # The predictions for SQuAD are pieces of its texts and not in the repository.
 REPORTED = sorted({path.parent.name for path in KEPT.glob("*/predictions")})
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in KEPT.iterdir()))
+def test_the_commands_of_an_experiment_name_what_its_runs_are_of(name):
+    """Each task, row and device; a grid's file stands for the tasks and rows in it."""
+    store = Store(KEPT / name)
+    experiment, commands = store.experiment(), []
+    for command in store.experiment()["commands"]:
+        words = shlex.split(command)
+        options = dict(itertools.pairwise(words))
+        asked = {
+            key: options[f"--{key}"].split(",") if f"--{key}" in options else experiment[key]
+            for key in ("tasks", "rows")
+        }
+        commands.append((asked, options.get("--device", "cpu")))
+    for record in store.records():
+        assert any(
+            record["task"]["name"] in asked["tasks"]
+            and record["row"] in asked["rows"]
+            and record["environment"]["device"].startswith(device)
+            for asked, device in commands
+        ), record["id"]
 
 
 @pytest.mark.parametrize("name", REPORTED)

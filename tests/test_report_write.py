@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -15,7 +16,7 @@ from report_samples import EIGHT, RTE, STSB, Sample, table3
 
 from bitfit.errors import BitfitError, MissingExtra, UsageError
 from bitfit.experiments.report.page import inline_svg
-from bitfit.experiments.report.table import Cell, Column, Table
+from bitfit.experiments.report.table import SHARE, Cell, Column, Summary, Table, number, text
 from bitfit.experiments.report.texts import as_csv, as_latex, as_markdown, escape_latex
 from bitfit.experiments.report.write import FORMATS, file_name, write_report
 from bitfit.experiments.store import Store
@@ -223,13 +224,42 @@ def test_latex_has_the_shape_and_order_of_the_paper():
     assert r"\caption{A 50 \% title. A note \& more\_of it.}" in lines
 
 
+def test_latex_has_the_share_of_the_parameters_before_the_scores():
+    columns = (*SMALL.columns, Column(SHARE, "share"))
+    rows = tuple((*row, Cell("0.09")) for row in SMALL.rows)
+    lines = as_latex(dataclasses.replace(SMALL, columns=columns, rows=rows)).splitlines()
+    assert r"row & share & QNLI & RTE \\" in lines
+
+
+def test_latex_of_a_table_that_is_longer_than_a_page_is_several():
+    rows = tuple((Cell(f"row {i}"),) for i in range(100))
+    found = as_latex(Table("long", "Long", (Column("row", "row", False),), rows, ("A note.",)))
+    assert found.count(r"\begin{table}") == found.count(r"\end{table}") == 3
+    assert [f"row {i} " in found for i in (0, 44, 45, 99)] == [True] * 4
+    assert found.count(r"\label{tab:long}") == found.count("Long. A note.") == 1
+    assert found.count("Long (continued).") == 2
+
+
+def test_csv_has_numbers_that_programs_read():
+    columns = (Column("row", "row", False), Column("n", "n"), Column("mrpc", "MRPC"))
+    mean = Summary((0.5, 0.7)).cell(printed=91.7)
+    rows = ((text("BitFit, all"), number(261294), mean), (text("none"), number(None), Cell()))
+    found = list(csv.reader(io.StringIO(as_csv(Table("t", "T", columns, rows)))))
+    assert found == [
+        ["row", "n", "mrpc", "mrpc sd", "mrpc printed"],
+        ["BitFit, all", "261294", "60.0", "14.1", "91.7"],
+        ["none", "", "", "", ""],
+    ]
+
+
 def test_latex_of_a_report_is_balanced_and_plain(sample, report):
     for path in (sample.directory / "report" / "tables").glob("*.tex"):
         text = path.read_text(encoding="utf-8")
         plain = re.sub(r"\\[\\{}$&%#_]", "", text)
         assert plain.count("{") == plain.count("}"), path.name
         assert plain.count("$") % 2 == 0, path.name
-        assert text.count(r"\begin{") == text.count(r"\end{") == 2
+        assert text.count(r"\begin{table}") == text.count(r"\end{table}") >= 1
+        assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}")
         assert text.isascii()
 
 

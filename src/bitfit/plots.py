@@ -97,6 +97,10 @@ def draw_bias_change(changes: Sequence[Mapping[str, Any]], *, title: str = "") -
         [row["layers"].get(layer, math.nan) for layer in layers] + [row["mean"]] for row in rows
     ]
     top = max(value for line in grid for value in line if not math.isnan(value)) or 1.0
+    unit = "mean |change| of a bias"
+    if top < 0.1:
+        grid, top = [[1000 * value for value in line] for line in grid], 1000 * top
+        unit += ", in thousandths"
     figure = new_figure(2.6 + 0.55 * (len(layers) + 1), 1.7 + 0.42 * len(rows))
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="Blues", vmin=0.0, vmax=top, aspect="auto")
@@ -107,7 +111,7 @@ def draw_bias_change(changes: Sequence[Mapping[str, Any]], *, title: str = "") -
     axes.tick_params(length=0)
     axes.set_title(title, parse_math=False, fontsize=10)
     _write_values(axes, grid, top)
-    figure.colorbar(image, ax=axes, label="mean |change| of a bias", pad=0.02)
+    figure.colorbar(image, ax=axes, label=unit, pad=0.02)
     return figure
 
 
@@ -133,21 +137,15 @@ def figure_bytes(figure: Any, form: str) -> bytes:
 
 
 def _write_values(axes: Any, grid: Sequence[Sequence[float]], top: float) -> None:
-    """Write each cell's value into it, in thousandths where all are small."""
-    scale = 1000.0 if top < 0.1 else 1.0
+    """Write each cell's value into it."""
+    form = "{:.1f}" if top >= 10 else "{:.2f}"
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
             if math.isnan(value):
                 axes.text(x, y, "–", ha="center", va="center", fontsize=7, color="grey")
                 continue
             color = "white" if value > 0.55 * top else "black"
-            shown = f"{value * scale:.1f}" if scale > 1 else f"{value:.2f}"
-            axes.text(x, y, shown, ha="center", va="center", fontsize=7, color=color)
-    if scale > 1:
-        axes.annotate(
-            "numbers in thousandths", (1, 0), (0, -24), xycoords="axes fraction",
-            textcoords="offset points", ha="right", va="top", fontsize=7, color="grey",
-        )  # fmt: skip
+            axes.text(x, y, form.format(value), ha="center", va="center", fontsize=7, color=color)
 
 
 def _math(symbol: str) -> str:

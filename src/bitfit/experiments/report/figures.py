@@ -82,7 +82,7 @@ def _forests(draws: Draws) -> list[Drawing]:
                 _key("differences", base, results), title,
                 "Points: mean score less that of the reference row. Bars: the interval that holds "
                 "for all comparisons together at 95 %. A bar that crosses the line at zero is "
-                "within noise, or of too few seeds.",
+                "within noise, or of too few seeds. One that ends in an arrow goes on.",
                 "differences", _forest(results, group, title),
             ))  # fmt: skip
     return drawings
@@ -90,6 +90,7 @@ def _forests(draws: Draws) -> list[Drawing]:
 
 def _forest(results: Results, found: Sequence[Comparison], title: str) -> Any:
     tasks = list(dict.fromkeys(c.task for c in found))
+    reach = _reach(found)
     height = 1.3 + 0.27 * (len(found) + len(tasks))
     figure = new_figure(7.2, height)
     axes = figure.add_subplot()
@@ -100,7 +101,7 @@ def _forest(results: Results, found: Sequence[Comparison], title: str) -> Any:
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, zorder=4)  # fmt: skip
         y += 1
         for comparison in (c for c in found if c.task == task):
-            _bar(axes, comparison, y)
+            _bar(axes, comparison, y, reach)
             places.append(y)
             names.append(results.label(comparison.line))
             y += 1
@@ -109,17 +110,38 @@ def _forest(results: Results, found: Sequence[Comparison], title: str) -> Any:
     axes.set_ylim(y - 0.3, -0.7)
     axes.grid(axis="x", color="#DDDDDD", zorder=0)
     axes.set_axisbelow(True)
+    axes.set_xlim(-1.04 * reach, 1.04 * reach)
     axes.set_xlabel("difference in points")
     axes.set_title(title, fontsize=10, parse_math=False)
     _word_legend(axes, [c.difference.word for c in found])
     return figure
 
 
-def _bar(axes: Any, comparison: Comparison, y: float) -> None:
+def _reach(found: Sequence[Comparison]) -> float:
+    """Return how far the axis goes to each side of zero, in points.
+
+    So far that every point and the bars of most are seen: a few bars, of seeds that differ much,
+    would press all others together.
+    """
+    values = [100 * abs(c.difference.value) for c in found]
+    ends = sorted(
+        100 * max(abs(c.difference.low), abs(c.difference.high))
+        for c in found
+        if math.isfinite(c.difference.low)
+    )
+    bars = ends[(3 * (len(ends) - 1)) // 4] if ends else 0.0
+    return max(1.0, 1.05 * max(values), min(bars, 100.0))
+
+
+def _bar(axes: Any, comparison: Comparison, y: float, reach: float) -> None:
     found = comparison.difference
     color, marker = WORD_STYLES[found.word]
     if math.isfinite(found.low):
-        axes.plot([100 * found.low, 100 * found.high], [y, y], color=color, linewidth=1.6)
+        low, high = max(-reach, 100 * found.low), min(reach, 100 * found.high)
+        axes.plot([low, high], [y, y], color=color, linewidth=1.6)
+        for end, whole, arrow in ((low, 100 * found.low, "<"), (high, 100 * found.high, ">")):
+            if end != whole:
+                axes.plot([end], [y], marker=arrow, color=color, markersize=5, linestyle="")
     axes.plot([100 * found.value], [y], marker=marker, color=color, markersize=5, linestyle="")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitfit.experiments.report.paper import task_title
-from bitfit.experiments.report.results import Results, to_float
+from bitfit.experiments.report.results import Results, shown_command, to_float
 from bitfit.experiments.report.table import Cell, Column, Table, number, rate, score, text
 
 
@@ -23,11 +23,12 @@ def run_table(results: Results) -> Table | None:
             _id(record), text(record["state"]), *_names(results, record),
             number(record.get("best_epoch")), _score(record, "scores"),
             _score(record, "train_scores"), _score(record, "last"),
-            text(record.get("command") or ""),
+            text(shown_command(record.get("command") or "")),
         )
         for record in results.records
     ]  # fmt: skip
-    notes = ("Each run's record is runs/ID.json, its predictions are predictions/ID.json.gz.",)
+    notes = ("Each run's record is runs/ID.json, its predictions are predictions/ID.json.gz. DATA "
+             "stands for the folder of the data.",)  # fmt: skip
     return Table("runs", "Every run", columns, tuple(rows), notes)
 
 

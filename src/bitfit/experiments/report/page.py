@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from bitfit.experiments.report.figures import Drawing
-from bitfit.experiments.report.results import Results
+from bitfit.experiments.report.results import Results, shown_command
 from bitfit.experiments.report.table import Cell, Column, Table, rate_text
 from bitfit.experiments.report.words import Section
 
@@ -245,7 +245,7 @@ def _run(results: Results, record: Mapping[str, Any], runs: str) -> str:
     return (
         f'<article class="run" id="run-{escape(run)}">\n'
         f"<h3>{escape(name)}{escape(state)}</h3>\n"
-        + (f"<pre><code>{escape(str(command))}</code></pre>\n" if command else "")
+        + (f"<pre><code>{escape(shown_command(str(command)))}</code></pre>\n" if command else "")
         + f'<p>Record: <a href="{escape(runs)}/{escape(run)}.json">{escape(run)}.json</a></p>\n'
         f"<details><summary>The record</summary><pre>{escape(whole)}</pre></details>\n</article>"
     )

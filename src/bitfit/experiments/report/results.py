@@ -8,6 +8,7 @@ runs count is chosen on dev (:mod:`bitfit.experiments.protocol`).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,7 +151,7 @@ class Results:
     def commands(self) -> list[str]:
         """The commands that the experiment's runs are of, the first first."""
         found = self.experiment.get("commands") or [self.experiment.get("command")]
-        return [" ".join(str(command).split()) for command in found if command]
+        return [shown_command(str(command)) for command in found if command]
 
     @property
     def paper(self) -> str | None:
@@ -314,3 +315,12 @@ def _ordered(first: Iterable[str] | str | None, then: Iterable[str]) -> list[str
 
 def _size(train_rows: int | None) -> float:
     return math.inf if train_rows is None else train_rows
+
+
+def shown_command(command: str) -> str:
+    """Return a command on one line, with ``DATA`` for the folder of the data.
+
+    Where a machine had it says nothing to who reads the report, and differs from run to run where
+    several machines worked.
+    """
+    return re.sub(r"(--data)[ =]('[^']*'|\S+)", r"\1 DATA", " ".join(command.split()))

@@ -18,6 +18,7 @@ from bitfit.experiments.report.table import (
     DAGGER,
     DASH,
     DOUBLE_DAGGER,
+    SHARE,
     Cell,
     Column,
     Table,
@@ -75,7 +76,7 @@ def _with_shares(results: Results, table: Table) -> Table:
         rows.append(widened(row, None, other.percent))
     if all(row[place].text == DASH and row[place].printed is None for row in rows):
         return table
-    share = Column("percent", "% of the encoder")
+    share = Column(SHARE, "% of the encoder")
     columns = (*table.columns[:place], share, *table.columns[place:])
     notes = ["% of the encoder: the parameters that are trained, without the head."]
     if others:

@@ -2,14 +2,17 @@
 
 A score moves with the dev rows that happen to be asked and with the seed. The examples are drawn
 again, together for all runs, as they share the dev rows; differences are taken pairwise where two
-rows were trained with the same seeds. The variance of the mean over S seeds is that of its
-resamples, and what the seeds move on top: their own variance, less what the examples alone make
-of it, which the resamples have already, divided by S.
+rows were trained with the same seeds. The variance of a mean over S seeds has two parts: what the
+examples move in all seeds alike, from the resamples, and what differs from seed to seed, from the
+spread of the seeds. The examples move each seed otherwise too; this is in both, and counted once.
 
-Few seeds say little about their own spread. So the interval is that of Student's t with the degrees
-of freedom of Welch and Satterthwaite: many where the examples make the noise, S - 1 where the seeds
-do. The level is Bonferroni's: 95 % for all comparisons of a table together, so
-1 - 0.05 / comparisons for each.
+Few seeds say little about their own spread: by chance it may look small. So each part reaches by
+its own quantile, the examples' by that of the normal distribution, the seeds' by Student's t with
+S - 1 degrees of freedom, and the interval by the root of the sum of squares. Banerjee (1961,
+Sankhya 23) shows that such an interval holds at least as often as it says, whichever part is the
+larger; Satterthwaite's degrees of freedom, which suppose that the seeds' part is known to be small
+where it looks small, do not at levels like these. The level is Bonferroni's: 95 % for all
+comparisons of a table together, so 1 - 0.05 / comparisons for each.
 """
 
 from __future__ import annotations
@@ -108,14 +111,12 @@ def bootstrap_difference(
     fewest = min(len(scores) for scores, *_ in sides)
     draws = [np.stack([drawn[seed] for seed in sorted(drawn)]) for _, drawn, _ in sides]
     means = sum(sign * each.mean(axis=0) for each, (*_, sign) in zip(draws, sides, strict=True))
-    spreads = [list(scores.values()) for scores, *_ in sides]
-    variance = standard_error(np.asarray(means)) ** 2
-    for each, spread in zip(draws, spreads, strict=True):
-        variance += max(0.0, _mean_variance(spread) - _examples_part(each))
-    error = math.sqrt(variance)
-    freedom = _freedom(variance, spreads)
+    own = sum(_examples_of_each(each) for each in draws)
+    examples = standard_error(np.asarray(means)) ** 2
+    shared = _Part(float(np.maximum(0.0, examples - own)), math.inf)  # NaN stays NaN
+    parts = [shared, *(_seeds_part(list(scores.values())) for scores, *_ in sides)]
     basis = "examples and seeds" if fewest > 1 else "examples"
-    return _judge(value, error, freedom, basis, fewest, bool(common), comparisons)
+    return _judge(value, parts, basis, fewest, bool(common), comparisons, least=examples)
 
 
 def seeds_difference(
@@ -126,7 +127,7 @@ def seeds_difference(
 ) -> Difference:
     """Return a row's difference to the reference row where only scores are known: Student's t.
 
-    Pairwise over the seeds that both have; where they have none in common, Welch's.
+    Pairwise over the seeds that both have; where they have none in common, each side's.
     """
     common = sorted(set(row_scores) & set(reference_scores))
     if common:
@@ -138,10 +139,8 @@ def seeds_difference(
     fewest = min(len(side) for side in sides)
     if fewest < 2:
         return Difference(value, math.nan, math.nan, "not known", "", fewest, bool(common))
-    variance = sum(_mean_variance(side) for side in sides)
-    freedom = _freedom(variance, sides)
-    error = math.sqrt(variance)
-    return _judge(value, error, freedom, "seeds", fewest, bool(common), comparisons)
+    parts = [_seeds_part(side) for side in sides]
+    return _judge(value, parts, "seeds", fewest, bool(common), comparisons)
 
 
 def quantile(freedom: float, comparisons: int) -> float:
@@ -150,7 +149,23 @@ def quantile(freedom: float, comparisons: int) -> float:
     return float(stats.t.ppf(level, freedom) if math.isfinite(freedom) else stats.norm.ppf(level))
 
 
-def _examples_part(draws: Floats) -> float:
+@dataclass(frozen=True)
+class _Part:
+    """A part of the variance of a difference."""
+
+    variance: float
+    freedom: float
+    """Degrees of freedom of its estimate; infinite where it is as good as known."""
+
+
+def _seeds_part(scores: Sequence[float]) -> _Part:
+    """Return the squared standard error of a mean over seeds; 0 for one seed."""
+    if len(scores) < 2:
+        return _Part(0.0, math.inf)
+    return _Part(float(np.var(scores, ddof=1)) / len(scores), len(scores) - 1)
+
+
+def _examples_of_each(draws: Floats) -> float:
     """Return what examples add to the variance of a mean over seeds by moving each seed otherwise.
 
     Args:
@@ -164,30 +179,29 @@ def _examples_part(draws: Floats) -> float:
     return float(own / count)
 
 
-def _mean_variance(scores: Sequence[float]) -> float:
-    """Return the squared standard error of a mean over seeds; 0 for one seed."""
-    return float(np.var(scores, ddof=1)) / len(scores) if len(scores) > 1 else 0.0
-
-
-def _freedom(variance: float, sides: Sequence[Sequence[float]]) -> float:
-    """Return Welch's and Satterthwaite's degrees of freedom of the whole ``variance``.
-
-    What is not of the seeds is of the examples, and has as good as infinitely many.
-    """
-    parts = [(_mean_variance(side), len(side) - 1) for side in sides if len(side) > 1]
-    below = sum(part**2 / freedom for part, freedom in parts)
-    least = min((freedom for _, freedom in parts), default=math.inf)
-    return max(least, variance**2 / below) if below > 0 else math.inf
-
-
 def _judge(
-    value: float, error: float, freedom: float, basis: str, seeds: int, paired: bool, many: int
-) -> Difference:
+    value: float, parts: Sequence[_Part], basis: str, seeds: int, paired: bool, many: int,
+    least: float = 0.0,
+) -> Difference:  # fmt: skip
+    """Return a difference with its interval and the word for it.
+
+    Args:
+        value: the difference.
+        parts: of its variance.
+        basis: what they are of.
+        seeds: how many.
+        paired: whether both rows have these.
+        many: comparisons that the interval is to hold for together.
+        least: what is known of the variance without the seeds; they may agree by chance.
+    """
+    variance = sum(part.variance for part in parts)
+    error = math.sqrt(max(variance, least))
     # Seeds that agree but for rounding bound nothing.
     unmoved = value != 0.0 and error <= 1e-12 * abs(value)
     if unmoved or not (math.isfinite(value) and math.isfinite(error)):
         return Difference(value, math.nan, math.nan, "not known", "", seeds, paired)
-    reach = quantile(freedom, many) * error
+    reach = math.sqrt(sum(quantile(part.freedom, many) ** 2 * part.variance for part in parts))
+    reach = max(reach, quantile(math.inf, many) * math.sqrt(least))
     low, high = value - reach, value + reach
     word: Word = "within noise"
     if low > 0 or high < 0:

@@ -15,6 +15,8 @@ import numpy as np
 
 DASH = "–"
 """What stands where nothing is known."""
+SHARE = "percent"
+"""The key of the column that has the share of the parameters."""
 DAGGER = "†"
 DOUBLE_DAGGER = "‡"
 """Marks a cell whose runs were not all made under the same conditions."""

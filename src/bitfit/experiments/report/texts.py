@@ -6,9 +6,9 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from bitfit.experiments.report.table import DASH, Cell, Column, Table
+from bitfit.experiments.report.table import DASH, SHARE, Cell, Column, Table, points
 from bitfit.experiments.report.words import paper_order
 from bitfit.terms import SYMBOLS
 
@@ -51,24 +51,42 @@ def escape_markdown(written: str) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Return a table as CSV; printed numbers have columns of their own, ``KEY printed``."""
+    """Return a table as CSV: numbers without separators, each in a column of its own.
+
+    ``KEY sd`` has the spreads of a column of means, ``KEY printed`` what the paper prints.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    with_printed = [
-        i for i in range(len(table.columns)) if any(r[i].printed is not None for r in table.rows)
+    written = [
+        _csv_column(column, [row[i] for row in table.rows])
+        for i, column in enumerate(table.columns)
     ]
-    header = []
-    for i, column in enumerate(table.columns):
-        header += [column.key, f"{column.key} printed"] if i in with_printed else [column.key]
-    writer.writerow(header)
-    for row in table.rows:
-        cells = []
-        for i, cell in enumerate(row):
-            cells.append("" if cell.text == DASH else cell.text)
-            if i in with_printed:
-                cells.append(cell.printed_text)
-        writer.writerow(cells)
+    writer.writerows(zip(*(column for columns in written for column in columns), strict=True))
     return out.getvalue()
+
+
+def _csv_column(column: Column, cells: Sequence[Cell]) -> list[list[str]]:
+    """Return what a column is in CSV, with its heading: one column, or one for each number."""
+    found = [[column.key, *(_csv_text(cell) for cell in cells)]]
+    if any(_is_mean(cell) for cell in cells):
+        spreads = [cell.value["sd"] if _is_mean(cell) else None for cell in cells]
+        found.append([f"{column.key} sd", *("" if s is None else points(s) for s in spreads)])
+    if any(cell.printed is not None for cell in cells):
+        found.append([f"{column.key} printed", *(cell.printed_text for cell in cells)])
+    return found
+
+
+def _csv_text(cell: Cell) -> str:
+    if cell.text == DASH:
+        return ""
+    if _is_mean(cell):
+        return "" if cell.value["mean"] is None else points(cell.value["mean"])
+    is_number = isinstance(cell.value, int | float)
+    return cell.text.replace(",", "") if is_number else cell.text
+
+
+def _is_mean(cell: Cell) -> bool:
+    return isinstance(cell.value, Mapping) and {"mean", "sd"} <= {*cell.value}
 
 
 # ------------------------------------------------------------------ LaTeX
@@ -83,14 +101,32 @@ _LATEX = {
 _SYMBOL = re.compile(rf"\b(?:{'|'.join(SYMBOLS.values())})\b")
 
 
+# What a page holds in small print, below a heading and above a caption.
+_LATEX_ROWS = 45
+
+
 def as_latex(table: Table) -> str:
     """Return a ``table`` environment with a plain ``tabular``: no package is needed.
 
-    A wide table has the shape of the paper's: methods in rows, tasks in the paper's order, and the
-    printed numbers as rows of their own below ours.
+    A wide table has the shape of the paper's: methods in rows, the share of the parameters, then
+    tasks in the paper's order, and the printed numbers as rows of their own below ours. One that
+    is longer than a page becomes several.
     """
     columns = _latex_columns(table)
     wanted = [table.columns.index(c) for c in columns]
+    ours = table.rows[: len(table.rows) - table.printed_only]
+    rows = [_latex_row([row[i].marked for i in wanted]) for row in ours]
+    rows += _printed_rows(table, wanted)
+    parts = [rows[i : i + _LATEX_ROWS] for i in range(0, len(rows), _LATEX_ROWS)] or [[]]
+    notes = " ".join(n for n in table.notes if not (table.is_wide and n.startswith("In brackets")))
+    label = re.sub(r"[^a-z0-9-]", "-", table.key.lower())
+    captions = [f"{table.title}. {notes}".strip(), *[f"{table.title} (continued)."] * len(parts)]
+    labels = [rf"\label{{tab:{label}}}", *[""] * len(parts)]
+    written = zip(parts, captions, labels, strict=False)
+    return "\n".join(_latex_table(columns, *each) for each in written)
+
+
+def _latex_table(columns: Sequence[Column], rows: Sequence[str], caption: str, label: str) -> str:
     form = "".join("r" if c.is_number else "l" for c in columns)
     lines = [
         r"\begin{table}",
@@ -99,17 +135,16 @@ def as_latex(table: Table) -> str:
         r"\setlength{\tabcolsep}{3pt}",
         rf"\begin{{tabular}}{{{form}}}",
         r"\hline",
+        _latex_row([c.title for c in columns]),
+        r"\hline",
+        *rows,
+        r"\hline",
+        r"\end{tabular}",
+        rf"\caption{{{escape_latex(caption)}}}",
+        *([label] if label else []),
+        r"\end{table}",
     ]
-    lines.append(_latex_row([c.title for c in columns]))
-    lines.append(r"\hline")
-    ours = table.rows[: len(table.rows) - table.printed_only]
-    lines += [_latex_row([row[i].marked for i in wanted]) for row in ours]
-    lines += _printed_rows(table, wanted)
-    notes = " ".join(n for n in table.notes if not (table.is_wide and n.startswith("In brackets")))
-    caption = f"{table.title}. {notes}".strip()
-    lines += [r"\hline", r"\end{tabular}", rf"\caption{{{escape_latex(caption)}}}"]
-    label = re.sub(r"[^a-z0-9-]", "-", table.key.lower())
-    return "\n".join([*lines, rf"\label{{tab:{label}}}", r"\end{table}", ""])
+    return "\n".join([*lines, ""])
 
 
 def _latex_columns(table: Table) -> list[Column]:
@@ -117,10 +152,9 @@ def _latex_columns(table: Table) -> list[Column]:
         return list(table.columns)
     keys = paper_order([c.key for c in table.columns[table.heads :]])
     places = {key: place for place, key in enumerate(keys)}
-    return [
-        *table.columns[: table.heads],
-        *sorted(table.columns[table.heads :], key=lambda c: places[c.key]),
-    ]
+    # The paper has the share of the parameters before the scores.
+    in_order = sorted(table.columns[table.heads :], key=lambda c: (c.key != SHARE, places[c.key]))
+    return [*table.columns[: table.heads], *in_order]
 
 
 def _printed_rows(table: Table, wanted: Sequence[int]) -> list[str]:
