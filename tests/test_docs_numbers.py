@@ -253,7 +253,6 @@ def test_the_counts_of_degenerate_runs_are_those_of_the_report():
 
 
 KEPT = ROOT / "experiments" / "results"
-# The predictions for SQuAD are pieces of its texts and not in the repository.
 REPORTED = sorted({path.parent.name for path in KEPT.glob("*/predictions")})
 
 

@@ -24,6 +24,7 @@ from bitfit.heads import (
     head_logits,
     make_head,
     read_predictions,
+    read_spans,
 )
 from bitfit.inference import TaskHead, compute_logits, head_inputs
 from bitfit.tasks import SpanExample, Task, TextExample, TokenExample
@@ -268,6 +269,9 @@ def test_the_answer_of_a_long_context_is_the_best_of_all_its_windows():
     # [CLS] and the question never answer, however high they score
     rows[2][0] = 50, 50
     assert read_predictions(SPAN, [example, other], features, rows) == ["0006", "zero"]
+    (begin, end), place = read_spans([example, other], features, rows)
+    assert (example.context[begin:end], place) == ("0006", (0, 4))
+    assert read_spans([example], [], []) == [(0, 0)]
 
 
 def test_pooling_that_the_base_lacks_is_refused(open_tiny):

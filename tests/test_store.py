@@ -35,10 +35,10 @@ def result(run_id, row="BitFit", task="rte", rate=1e-3, seed=0, state="done"):
 def test_what_is_written_is_read_back(store):
     store.write(result("01"))
     assert store.record("01")["row"] == "BitFit"
-    assert store.predictions("01") == {"dev": [[0, 1]]}
+    assert store.predictions(store.record("01")) == {"dev": [[0, 1]]}
     assert store.answers(store.record("01")) == [1, 1]
     assert store.task_file("01").read_bytes() == b"file"
-    assert store.predictions("02") is None
+    assert store.kept_predictions("02") is None
     assert store.finished() == {"01": "done"}
 
 
@@ -166,7 +166,44 @@ def test_finished_runs_are_taken_over_from_another_experiment(store, tmp_path):
     assert store.reuse(other, ["03", "02"], here) is None
     record = store.record("01")
     assert {**record, "task": record["task"]["name"]} == {**record, **here}
-    assert store.predictions("01") == {"dev": [[0, 1]]}
+    assert store.predictions(record) == {"dev": [[0, 1]]}
+
+
+def spans(run_id, predictions, contexts):
+    record = result(run_id).record
+    record["task"] = {"name": "squad", "kind": "span"}
+    return Result(record=record, predictions=predictions, answers=[1, 1], contexts=contexts)
+
+
+def test_answers_are_kept_as_places_in_texts_and_read_back_as_texts(store, tmp_path):
+    store.write(spans("01", {"dev": [[[0, 3], [0, 0]], [[4, 7], [0, 3]]]}, ["one two", "six"]))
+    kept = gzip.decompress((store.directory / "predictions" / "01.json.gz").read_bytes())
+    assert not any(word in kept for word in (b"one", b"two", b"six"))
+    assert store.predictions(store.record("01")) == {"dev": [["one", ""], ["two", "six"]]}
+    other = Store(tmp_path / "other")
+    assert other.reuse(store, ["01"], {"row": "BitFit", "base": "m", "task": "s",
+                                       "train_rows": None}) == "01"  # fmt: skip
+    assert other.predictions(other.record("01")) == store.predictions(store.record("01"))
+
+
+def test_answers_without_the_texts_that_they_stand_in_are_not_there(store):
+    store.write(spans("01", {"dev": [[[0, 3], [0, 0]]]}, ["one two", "six"]))
+    for path in (store.directory / "references").iterdir():
+        path.unlink()
+    assert Store(store.directory).predictions(store.record("01")) is None
+    assert store.kept_predictions("01") is not None
+
+
+def test_answers_that_earlier_versions_kept_as_texts_are_read(store):
+    store.write(spans("01", {"dev": [["one", "six"]]}, None))
+    assert store.predictions(store.record("01")) == {"dev": [["one", "six"]]}
+
+
+@pytest.mark.parametrize("epoch", [[[0, 3]], [[0, 3], 5], [[0, 3], ["a", "b"]], [[0, 3], [1]]])
+def test_places_that_fit_no_texts_are_named(store, epoch):
+    store.write(spans("01", {"dev": [epoch]}, ["one two", "six"]))
+    with pytest.raises(BitfitError, match=r"run 01: .* no places in the 2 texts of dev"):
+        store.predictions(store.record("01"))
 
 
 def test_a_directory_that_is_no_experiment_is_refused(tmp_path):
@@ -194,14 +231,14 @@ def test_a_damaged_file_of_predictions_is_named(store):
     for place in range(10, len(whole) - 4):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with pytest.raises(BitfitError, match=r"01\.json\.gz"):
-            store.predictions("01")
+            store.kept_predictions("01")
     for value in ([1], {}, {"dev": 1}, {"dev": [1]}):
         path.write_bytes(gzip.compress(json.dumps(value).encode()))
         with pytest.raises(BitfitError, match=r"01\.json\.gz"):
-            store.predictions("01")
+            store.kept_predictions("01")
     path.write_bytes(whole[:-4])
     with pytest.raises(BitfitError, match=r"01\.json\.gz: cannot be read"):
-        store.predictions("01")
+        store.kept_predictions("01")
 
 
 def test_a_record_that_is_none_is_named(store):

@@ -28,11 +28,12 @@ from bitfit.errors import (
     UsageError,
 )
 from bitfit.experiments import execute
+from bitfit.experiments.answers import restore_answers
 from bitfit.experiments.conditions import Conditions, choose_conditions
 from bitfit.experiments.dry_run import dry_run
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import BegunAnew
-from bitfit.experiments.grid import Row
+from bitfit.experiments.grid import Row, parse_grid
 from bitfit.experiments.plan import most_lanes
 from bitfit.experiments.protocol import choose, paper_scores, task_of
 from bitfit.experiments.report.write import write_report
@@ -45,6 +46,15 @@ from bitfit.tasks import references
 from bitfit.training.checkpoint import CHECKPOINT_KEY
 from bitfit.training.train import StepDone
 
+SQUAD = """
+title = "Spans"
+tasks = ["squad"]
+epochs = 1
+
+[[rows]]
+name = "BitFit"
+learning_rate = 1e-3
+"""
 SECONDS = 600  # far more than it takes on a busy machine: what hangs fails
 
 
@@ -72,6 +82,29 @@ def essence(directory):
     return found
 
 
+def test_answers_in_texts_are_kept_without_the_texts_and_found_again_in_the_data(
+    checkpoint, tmp_path
+):
+    qas = [{"id": "q1", "question": "who", "answers": [{"text": "a man", "answer_start": 0}]}]
+    article = {"paragraphs": [{"context": "a man was here", "qas": qas}]}
+    data, out = tmp_path / "data", tmp_path / "out"
+    (data / "squad").mkdir(parents=True)
+    for name in ("train-v1.1.json", "dev-v1.1.json"):
+        (data / "squad" / name).write_text(json.dumps({"version": "1.1", "data": [article]}))
+    grid = parse_grid(SQUAD, "spans.toml", default_name="spans")
+    grid = grid.replace(base=(checkpoint(),), seeds=(0,))
+    Sweep(grid, out, Settings(data=data, lanes=1, threads=1)).run()
+    store = Store(out)
+    (record,) = store.records()
+    ((place,),) = store.kept_predictions(record["id"])["dev"]
+    ((text,),) = store.predictions(record)["dev"]
+    assert text == "a man was here"[slice(*place)] != ""
+    shutil.rmtree(out / "references")
+    assert Store(out).predictions(record) is None
+    assert restore_answers(Store(out), data) == []
+    assert Store(out).predictions(record) == store.predictions(record)
+
+
 def test_rates_are_searched_with_the_first_seed_and_repeated_with_the_others(finished):
     out, summary = finished
     records = Store(out).records()
@@ -96,7 +129,7 @@ def test_a_record_says_what_its_predictions_say(finished, data):
         DataConfig(data=data / "tickets.csv", text="body", label="intent", dev_fraction=0.4)
     ).splits["dev"]
     for record in records:
-        predictions, answers = store.predictions(record["id"]), store.answers(record)
+        predictions, answers = store.predictions(record), store.answers(record)
         assert answers == references(dev)
         scores = [compute_metrics(task_of(record), p, answers) for p in predictions["dev"]]
         assert [e["dev"] for e in record["history"]] == scores

@@ -21,7 +21,7 @@ from bitfit.batches import Batch, Feature, upload
 from bitfit.dropout import Draw
 from bitfit.encoder import Encoder
 from bitfit.errors import UsageError
-from bitfit.tasks import Example, Kind, SpanExample, Task
+from bitfit.tasks import Example, Kind, Task, contexts
 
 HeadStyle = Literal["linear", "roberta"]
 POOLINGS = ("auto", "pooler", "cls", "mean")
@@ -259,7 +259,9 @@ def read_predictions(
     word was cut off by the length limit: it counts as wrong), or the text of an answer.
     """
     if task.kind == "span":
-        return _read_spans(examples, features, logits)
+        places = read_spans(examples, features, logits)
+        texts = contexts(examples) or []
+        return [text[begin:end] for text, (begin, end) in zip(texts, places, strict=True)]
     if task.kind == "tokens":
         return [_read_tokens(f, rows) for f, rows in zip(features, logits, strict=True)]
     if task.kind == "classification":
@@ -276,19 +278,21 @@ def _read_tokens(feature: Feature, rows: NDArray[np.float32]) -> tuple[int, ...]
     return tuple(int(tag) for tag in tags)
 
 
-def _read_spans(
+def read_spans(
     examples: Sequence[Example],
     features: Sequence[Feature],
     logits: Sequence[NDArray[np.float32]],
-) -> list[str]:
-    best: list[tuple[float, str]] = [(-np.inf, "")] * len(examples)
+) -> list[tuple[int, int]]:
+    """Return where in its context the answer of each question begins and ends, in characters.
+
+    The best over all windows of a context; ``(0, 0)`` where there is none.
+    """
+    best: list[tuple[float, tuple[int, int]]] = [(-np.inf, (0, 0))] * len(examples)
     for feature, rows in zip(features, logits, strict=True):
-        example = examples[feature.example]
-        assert isinstance(example, SpanExample)
         score, begin, end = best_span(feature, rows)
         if score > best[feature.example][0]:
-            best[feature.example] = (score, example.context[begin:end])
-    return [text for _, text in best]
+            best[feature.example] = (score, (begin, end))
+    return [place for _, place in best]
 
 
 def best_span(feature: Feature, rows: NDArray[np.float32]) -> tuple[float, int, int]:

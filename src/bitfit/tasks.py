@@ -73,6 +73,12 @@ def references(examples: Sequence[Example]) -> list[Any]:
     return answers
 
 
+def contexts(examples: Sequence[Example]) -> list[str] | None:
+    """Return the texts that answers stand in; None for examples of another kind."""
+    texts = [example.context for example in examples if isinstance(example, SpanExample)]
+    return texts or None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What is learned: kind, label names and metrics. No data, no path."""

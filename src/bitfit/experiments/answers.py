@@ -11,7 +11,7 @@ from bitfit.experiments.grid import GridTask
 from bitfit.experiments.runs import data_config
 from bitfit.experiments.store import Store
 from bitfit.jsonable import jsonable
-from bitfit.tasks import references
+from bitfit.tasks import contexts, references
 
 
 def restore_answers(store: Store, data: Path) -> list[str]:
@@ -40,7 +40,7 @@ def restore_answers(store: Store, data: Path) -> list[str]:
         if dataset_hash(examples) != digest:
             problems.append(f"{name}: the dev rows in {data} are not those of the experiment")
             continue
-        store.write_answers(record, jsonable(references(examples)))
+        store.write_answers(record, jsonable(references(examples)), contexts(examples))
     return problems
 
 

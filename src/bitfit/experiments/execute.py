@@ -27,10 +27,10 @@ from bitfit.experiments.conditions import Conditions
 from bitfit.experiments.material import Material
 from bitfit.experiments.runs import Run, command_of, data_config
 from bitfit.experiments.store import Result, Store
-from bitfit.heads import read_predictions
+from bitfit.heads import read_predictions, read_spans
 from bitfit.jsonable import jsonable
 from bitfit.metrics import majority_score
-from bitfit.tasks import references
+from bitfit.tasks import contexts, references
 from bitfit.training.finetune import data_source
 from bitfit.training.lane import Lane, Split
 from bitfit.training.methods import RandomMethod, make_method
@@ -244,7 +244,8 @@ class _Work:
         predictions = {"dev": [e["dev"] for e in kept if e]} if all(kept) else None
         return Result(
             record=jsonable(record), predictions=predictions,
-            answers=jsonable(references(dev.examples)), task_file=data,
+            answers=jsonable(references(dev.examples)), contexts=contexts(dev.examples),
+            task_file=data,
         )  # fmt: skip
 
     def _data_source(self, run: Run) -> dict[str, Any]:
@@ -272,6 +273,9 @@ class _Work:
 
 
 def _predictions(lane: Lane, split: Split, logits: Sequence[Any]) -> Any:
+    """Return what is predicted; of answers in texts, which belong to the data, their places."""
+    if lane.task.kind == "span":
+        return jsonable(read_spans(split.examples, split.features.items, logits))
     return jsonable(read_predictions(lane.task, split.examples, split.features.items, logits))
 
 

@@ -156,7 +156,7 @@ class Planner:
 
         def on_halves(record: Mapping[str, Any]) -> Any:
             store = self.store
-            return split_scores(record, store.predictions(record["id"]), store.answers(record))
+            return split_scores(record, store.predictions(record), store.answers(record))
 
         found = [choose(records, scores_of) for scores_of in (paper_scores, on_halves)]
         choices = [choice for cells in found for runs_ in cells.values() for choice in runs_]

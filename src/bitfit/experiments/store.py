@@ -59,9 +59,12 @@ class Result:
 
     record: Mapping[str, Any]
     predictions: Mapping[str, Any] | None = None
-    """Of dev, epoch by epoch; None for a failed run."""
+    """Of dev, epoch by epoch; None for a failed run. An answer in a text is kept as its place,
+    ``[begin, end]`` in characters: the text belongs to the data."""
     answers: Sequence[Any] | None = None
     """What is right on dev."""
+    contexts: Sequence[str] | None = None
+    """The texts that answers stand in; None for other kinds of tasks."""
     task_file: bytes | None = None
 
 
@@ -193,7 +196,7 @@ class Store:
         record = result.record
         run_id = record["id"]
         if result.answers is not None:
-            self.write_answers(record, result.answers)
+            self.write_answers(record, result.answers, result.contexts)
         if result.predictions is not None:
             _write_packed(self._packed("predictions", run_id), result.predictions)
         if result.task_file is not None:
@@ -202,20 +205,36 @@ class Store:
             atomic_write(path, result.task_file)
         _write_json(self.directory / "runs" / f"{run_id}.json", record)
 
-    def write_answers(self, record: Mapping[str, Any], answers: Sequence[Any]) -> None:
+    def write_answers(
+        self, record: Mapping[str, Any], answers: Sequence[Any],
+        contexts: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         """Keep what is right on a run's dev rows, once for all runs that have them."""
         path = self._answers_path(record)
         if not path.is_file():
-            _write_packed(path, {"answers": list(answers)})
-        self._answers.pop(path, None)
+            texts = {} if contexts is None else {"contexts": list(contexts)}
+            _write_packed(path, {"answers": list(answers), **texts})
+        self._references.pop(path, None)
 
     def forget(self, run_id: str) -> None:
         """Remove a record, so that the run is made again."""
         (self.directory / "runs" / f"{run_id}.json").unlink(missing_ok=True)
         self._states.pop(run_id, None)
 
-    def predictions(self, run_id: str) -> dict[str, Any] | None:
-        """Return a run's predictions of dev, epoch by epoch; None where they are not kept here."""
+    def predictions(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return a run's predictions of dev, epoch by epoch, as the metrics take them.
+
+        None where they, or the texts that they are places in, are not kept here.
+        """
+        found = self.kept_predictions(record["id"])
+        if found is None or record["task"].get("kind") != "span":
+            return found
+        contexts = self.contexts(record)
+        epochs = [_answer_texts(epoch, contexts, record["id"]) for epoch in found["dev"]]
+        return None if None in epochs else found | {"dev": epochs}
+
+    def kept_predictions(self, run_id: str) -> dict[str, Any] | None:
+        """Return a run's predictions as they are kept: of answers in texts, their places."""
         path = self._packed("predictions", run_id)
         found = _read_packed(path)
         if found is not None and not _are_lists(found.get("dev")):
@@ -224,15 +243,24 @@ class Store:
 
     def answers(self, record: Mapping[str, Any]) -> list[Any] | None:
         """Return what is right on the dev rows of a run; None where it is not kept here."""
+        found = self._reference(record)
+        return None if found is None else found["answers"]
+
+    def contexts(self, record: Mapping[str, Any]) -> list[str] | None:
+        """Return the texts that the answers of a run's dev rows stand in; None as for answers."""
+        found = self._reference(record)
+        return None if found is None else found.get("contexts")
+
+    def _reference(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
         if "data" not in record:
             return None
         path = self._answers_path(record)
-        if path not in self._answers:
+        if path not in self._references:
             found = _read_packed(path)
             if found is not None and not isinstance(found.get("answers"), list):
                 raise BitfitError(f"{path}: no answers: expected a list of them")
-            self._answers[path] = None if found is None else found["answers"]
-        return self._answers[path]
+            self._references[path] = found
+        return self._references[path]
 
     def task_file(self, run_id: str) -> Path:
         """Return where a run's task file is, if it left one."""
@@ -256,8 +284,8 @@ class Store:
             record |= dict(place) | {"task": record["task"] | {"name": place["task"]}}
             task_file = other.task_file(run_id)
             self.write(Result(
-                record=record, predictions=other.predictions(run_id),
-                answers=other.answers(record),
+                record=record, predictions=other.kept_predictions(run_id),
+                answers=other.answers(record), contexts=other.contexts(record),
                 task_file=task_file.read_bytes() if task_file.is_file() else None,
             ))  # fmt: skip
             return run_id
@@ -333,7 +361,7 @@ class Store:
         return {}
 
     @cached_property
-    def _answers(self) -> dict[Path, list[Any] | None]:
+    def _references(self) -> dict[Path, dict[str, Any] | None]:
         return {}
 
     def _files(self, folder: str, suffix: str) -> list[Path]:
@@ -416,6 +444,23 @@ def _with_keys(found: dict[str, Any], keys: Sequence[str], path: Path, what: str
 
 def _are_lists(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, list) for each in value)
+
+
+def _answer_texts(
+    epoch: Sequence[Any], contexts: Sequence[str] | None, run_id: str
+) -> list[str] | None:
+    """Return the texts of answers from their places; None without the texts they stand in."""
+    if all(isinstance(answer, str) for answer in epoch):
+        return list(epoch)  # as versions before 0.1 kept them
+    if contexts is None:
+        return None
+    try:
+        return [text[begin:end] for text, (begin, end) in zip(contexts, epoch, strict=True)]
+    except (TypeError, ValueError) as error:
+        raise BitfitError(
+            f"run {run_id}: its predictions are no places in the {len(contexts)} texts of dev: "
+            "expected [begin, end] for each"
+        ) from error
 
 
 def _read_if_there(path: Path) -> dict[str, Any] | None:

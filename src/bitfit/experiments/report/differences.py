@@ -82,7 +82,7 @@ class Draws:
         right = [answers[i] for i in places]
         scorers: dict[str, Scorer] = {}
         for choice in choices:
-            predictions = self.results.store.predictions(choice.record["id"])
+            predictions = self.results.store.predictions(dict(choice.record))
             if predictions is None:
                 continue
             epoch = predictions["dev"][choice.epoch - 1]
