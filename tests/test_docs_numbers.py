@@ -252,6 +252,43 @@ def test_the_counts_of_degenerate_runs_are_those_of_the_report():
     assert counts in plain(REPRODUCE.read_text("utf-8"))
 
 
+def differences(name):
+    """(row, task) -> difference, interval and word of a report's first table of differences."""
+    report = (ROOT / "docs" / "results" / name / "report.md").read_text("utf-8")
+    table = report.partition("## Differences to the reference row, protocol paper")[2]
+    lines = [plain(line) for line in table.partition("\n## ")[0].splitlines()]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
+    return {(c[0], c[1]): c[2:5] for c in cells[2:]}
+
+
+def test_what_is_said_of_differences_is_what_the_reports_say():
+    said = plain(REPRODUCE.read_text("utf-8"))
+    table3, pos = differences("table3"), differences("pos-minilm")
+    stsb = {row: found for (row, task), found in table3.items() if task == "STS-B"}
+    behind = ("rand 100k", "b_q", "Frozen")
+    assert {stsb[row][2] for row in behind} == {"behind"}
+    first, second, third = (stsb[row][0].lstrip("-") for row in behind)
+    assert f"are behind all biases (by {first}, {second} and {third})" in said
+    few = [stsb[row] for row in ("Full-FT", "b_m2 + b_q", "b_m2")]
+    assert {word for *_, word in few} == {"too few seeds"}
+    assert (
+        f"For full fine-tuning ({few[0][0]}), b_m2 with b_q ({few[1][0]}) and b_m2 ({few[2][0]}) "
+        "three seeds are too few to say so"
+    ) in said
+    assert stsb["row_col"][2] == "within noise"
+    words = {task: {} for _, task in table3}
+    for (row, task), (*_, word) in table3.items():
+        words[task].setdefault(word, []).append(row)
+    assert {*words["MRPC"]} == {*words["RTE"]} == {"within noise"}
+    assert words["SST-2"].pop("too few seeds") == ["Frozen"]
+    assert {*words["SST-2"]} == {"within noise"}
+    value, interval, word = pos["Full-FT", "ud_ewt"]
+    assert word == "ahead"
+    assert f"full is ahead by {value[1:]} points ({interval.replace('+', '')})" in said
+    squad = {word for *_, word in differences("squad-minilm").values()}
+    assert squad <= {"too few seeds", "one seed only"}
+
+
 KEPT = ROOT / "experiments" / "results"
 REPORTED = sorted({path.parent.name for path in KEPT.glob("*/predictions")})
 
