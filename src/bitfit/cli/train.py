@@ -69,18 +69,18 @@ def train(
     the state; the same command with --resume goes on from there.
     """
     given = dict(locals())  # every option, under the name that bitfit.finetune has for it
-    from bitfit.cli import training
+    from bitfit.cli import showing_run, training
 
     if dry_run:
         plan = training.plan(given)
         if not console.is_main():
             return None
-        return console.print_json(plan) if as_json else training.show_plan(plan)
+        return console.print_json(plan) if as_json else showing_run.show_plan(plan)
     outcome = training.run(given)
     if not console.is_main():
         return None
     if as_json:
         console.print_json(outcome.to_json())
     else:
-        training.show_outcome(outcome)
+        showing_run.show_outcome(outcome)
     return None

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from bitfit.cli import console
 from bitfit.cli.scoring import open_model, trained_dtype
-from bitfit.cli.training import calibration_line, short_list
+from bitfit.cli.showing_run import calibration_line, short_list
 from bitfit.comparison import bias_change, compare, storage_loss
 from bitfit.doctor import examine as examine_all
 from bitfit.errors import UsageError
