@@ -199,6 +199,13 @@ def test_answers_that_earlier_versions_kept_as_texts_are_read(store):
     assert store.predictions(store.record("01")) == {"dev": [["one", "six"]]}
 
 
+def test_texts_are_added_to_answers_that_an_earlier_version_kept_without(store):
+    store.write(spans("01", {"dev": [["one", "six"]]}, None))
+    store.write(spans("02", {"dev": [[[0, 3], [0, 3]]]}, ["one two", "six"]))
+    assert store.predictions(store.record("02")) == {"dev": [["one", "six"]]}
+    assert store.answers(store.record("01")) == [1, 1]
+
+
 @pytest.mark.parametrize("epoch", [[[0, 3]], [[0, 3], 5], [[0, 3], ["a", "b"]], [[0, 3], [1]]])
 def test_places_that_fit_no_texts_are_named(store, epoch):
     store.write(spans("01", {"dev": [epoch]}, ["one two", "six"]))

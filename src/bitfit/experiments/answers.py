@@ -26,7 +26,9 @@ def restore_answers(store: Store, data: Path) -> list[str]:
     """
     lacking = {}
     for record in store.records():
-        if record["state"] == "done" and store.answers(record) is None:
+        is_span = record["task"].get("kind") == "span"
+        found = store.contexts(record) if is_span else store.answers(record)
+        if record["state"] == "done" and found is None:
             lacking[record["data"]["dev"]] = record
     tasks = {task["name"]: GridTask(**task) for task in store.experiment()["grid"]["tasks"]}
     problems = []

@@ -211,7 +211,8 @@ class Store:
     ) -> None:  # fmt: skip
         """Keep what is right on a run's dev rows, once for all runs that have them."""
         path = self._answers_path(record)
-        if not path.is_file():
+        # Earlier versions kept no contexts.
+        if not path.is_file() or (contexts is not None and self.contexts(record) is None):
             texts = {} if contexts is None else {"contexts": list(contexts)}
             _write_packed(path, {"answers": list(answers), **texts})
         self._references.pop(path, None)
@@ -451,7 +452,7 @@ def _answer_texts(
 ) -> list[str] | None:
     """Return the texts of answers from their places; None without the texts they stand in."""
     if all(isinstance(answer, str) for answer in epoch):
-        return list(epoch)  # as versions before 0.1 kept them
+        return list(epoch)  # as earlier versions kept them
     if contexts is None:
         return None
     try:
