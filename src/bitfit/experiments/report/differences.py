@@ -69,7 +69,7 @@ class Draws:
                 groups.setdefault(dev_rows(choice.record), []).append(choice)
         found: dict[str, Floats] = {}
         for choices in groups.values():
-            answers = self.results.store.answers(dict(choices[0].record))
+            answers = self.results.store.answers(choices[0].record)
             if answers:
                 found |= self._draw_group(way, choices, answers)
         return found
@@ -82,7 +82,7 @@ class Draws:
         right = [answers[i] for i in places]
         scorers: dict[str, Scorer] = {}
         for choice in choices:
-            predictions = self.results.store.predictions(dict(choice.record))
+            predictions = self.results.store.predictions(choice.record)
             if predictions is None:
                 continue
             epoch = predictions["dev"][choice.epoch - 1]

@@ -35,11 +35,11 @@ class Records(Protocol):
     def records(self) -> list[dict[str, Any]]:
         """Return every record, in the order of the experiment."""
 
-    def predictions(self, record: dict[str, Any], /) -> dict[str, Any] | None:
-        """Return a run's predictions on dev by epoch, None where the file is missing."""
+    def predictions(self, record: Mapping[str, Any], /) -> dict[str, Any] | None:
+        """Return a run's predictions on dev by epoch, None where they are not kept."""
 
-    def answers(self, record: dict[str, Any], /) -> Sequence[Any] | None:
-        """Return what is right for each dev row of a run, None where the file is missing."""
+    def answers(self, record: Mapping[str, Any], /) -> Sequence[Any] | None:
+        """Return what is right for each dev row of a run, None where they are not kept."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Results:
 
     def _split_scores(self, record: Record) -> protocol.EpochScores | None:
         return protocol.split_scores(
-            record, self.store.predictions(dict(record)), self.store.answers(dict(record))
+            record, self.store.predictions(record), self.store.answers(record)
         )
 
     def choices(self, way: str, line: Line, task: str) -> list[protocol.Choice]:
