@@ -1102,9 +1102,10 @@ def test_a_signal_saves_a_checkpoint_and_resume_ends_in_the_same_bytes(
     code, _, err = run(*arguments, "--resume", "--dry-run")
     assert code == 0
     assert f"a checkpoint beside {out}: --resume goes on from step 1" in err
-    code, _, err = run(*arguments, "--resume")
+    code, text, err = run(*arguments, "--resume")
     assert code == 0
     assert "resumed at step 1 of 10" in err
+    assert "before it was resumed: " in text
     assert out.read_bytes() == file.read_bytes()
     assert not Path(f"{out}.checkpoint").exists()
     code, _, err = run(*arguments, "--resume")
@@ -1382,7 +1383,7 @@ def test_a_failed_run_and_missing_data_of_several_experiments_are_both_said(
 
 
 def test_what_an_experiment_cannot_mean_names_the_option(tmp_path: Path, run: Run) -> None:
-    here = ("--data", tmp_path)
+    here, file = ("--data", tmp_path), write_rows(tmp_path / "rows.csv")
     for arguments, code, message in (
         (("reproduce", "table9", *here), 2, "Known: table1, table2, table3, table6, figure1, "),
         (("reproduce", "table9", *here), 2, "layers, peft, curves, all"),
@@ -1390,6 +1391,8 @@ def test_what_an_experiment_cannot_mean_names_the_option(tmp_path: Path, run: Ru
         (("reproduce", "table3", *here, "--move"), 2, "give --resume too, or --reuse DIR"),
         (("reproduce", "table3", "--data", tmp_path / "no"), 1, "no: no such directory"),
         (("sweep", tmp_path / "no.toml", *here), 1, "no.toml: cannot be read: No such file"),
+        (("reproduce", "table3", *here, "--out", file / "x"), 2, f"{file} is a file; expected a "),
+        (("reproduce", "table3", *here, "--out", "/proc/x"), 2, "--out /proc/x: the folder /"),
     ):
         found, _, err = run(*arguments)
         assert (found, message in err) == (code, True), err

@@ -54,9 +54,6 @@ def show_outcome(outcome: Outcome) -> None:
     console.say(f"{report['task']}: {_score_line(report)}", style="bold")
     others = {k: v for k, v in report["scores"].items() if k != metric}
     total = count_parameters(outcome.trainer.encoder, outcome.lane.head.pooling)
-    speed = (
-        f"{report['examples_per_second']:,.0f} rows/s, {report['tokens_per_second']:,.0f} tokens/s"
-    )
     facts = {
         "also": ", ".join(f"{k} {console.number(v)}" for k, v in others.items()) or None,
         "epoch": _epoch_line(report),
@@ -71,8 +68,7 @@ def show_outcome(outcome: Outcome) -> None:
         "cut texts": f"{report['truncated_share']:.1%}" if report["truncated_share"] else None,
         "trained": f"{trainable['encoder']:,} values of the encoder "
         f"({trainable['encoder'] / total:.3%} of {total:,}), {trainable['head']:,} in the head",
-        "time": f"{console.duration(report['seconds'])}, training "
-        f"{console.duration(report['train_seconds'])}: {speed}",
+        "time": _time_line(report),
         "file": f"{report['file']}, {console.size(report['file_bytes'] or 0)}",
         "use it": _how_to_use(outcome),
     }
@@ -120,6 +116,16 @@ def _epoch_line(report: Mapping[str, Any]) -> str:
         return line
     best = f"best {console.number(report['best_score'])} in epoch {report['best_epoch']}"
     return f"{line} ({best}, last {console.number(last)})"
+
+
+def _time_line(report: Mapping[str, Any]) -> str:
+    before = report["train_seconds_before"]
+    here = console.duration(report["train_seconds"] - before)
+    earlier = f", and {console.duration(before)} before it was resumed" if before else ""
+    return (
+        f"{console.duration(report['seconds'])}, training {here}{earlier}: "
+        f"{report['examples_per_second']:,.0f} rows/s, {report['tokens_per_second']:,.0f} tokens/s"
+    )
 
 
 def _how_to_use(outcome: Outcome) -> str | None:

@@ -44,6 +44,7 @@ from bitfit.experiments.sweep import (
     Waiting,
 )
 from bitfit.precision import precision_here
+from bitfit.storage import check_folder
 from bitfit.training.train import LaneDropped, StepDone
 
 _UNITS = {"h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
@@ -102,14 +103,33 @@ def _own_part(given: Mapping[str, Any], grid: Grid) -> dict[str, Any] | None:
     return own
 
 
+def _check_place(directory: Path) -> None:
+    """Refuse a directory that cannot hold an experiment before data are read and steps timed."""
+    try:
+        check_folder(directory)
+    except NotADirectoryError as error:
+        raise UsageError(
+            f"--out {directory}: {error.filename} is a file; expected a directory, or the name of "
+            "one to make"
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"--out {directory}: the folder {error.filename} cannot be written to "
+            f"({error.strerror or error}); choose another with --out"
+        ) from error
+
+
 def run_grids(
     orders: Sequence[Ordered], given: Mapping[str, Any], *, dry_run: bool, as_json: bool
 ) -> None:
     """Run grids one after the other, or show what they would do; then report on each.
 
     Raises:
+        UsageError: a directory that no file can be made in.
         typer.Exit: runs failed: the exit code is 1.
     """
+    for order in orders:
+        _check_place(order.directory)
     found = []
     planned: set[str] = set()
     began = time.monotonic()

@@ -105,6 +105,8 @@ class Lane:
         self.layout = choose_layout(encoder, self.head, config)
         """The biases that are trained; empty for methods that train matrices."""
         self.progress = Progress()
+        self.seconds_before = 0.0
+        """Of ``progress.seconds`` those that passed in the processes that this one goes on from."""
         self.best: list[Tensor] = []
         """The numbers of the best epoch so far; once the run has ended, those of the kept one."""
         self._unread_losses: list[Tensor] = []

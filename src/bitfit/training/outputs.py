@@ -67,7 +67,8 @@ class Outcome:
     path: Path | None
     """Where it was saved."""
     seconds: float
-    """From reading the data to writing the file."""
+    """From reading the data to writing the file, in this process: of a run that was resumed, what
+    came before is not in it."""
 
     @property
     def score(self) -> float:
@@ -117,6 +118,7 @@ class Outcome:
             "calibration": file.calibration,
             "seconds": self.seconds,
             "train_seconds": lane.progress.seconds,
+            "train_seconds_before": lane.seconds_before,
             "examples_per_second": lane.progress.sequences / seconds,
             "tokens_per_second": lane.progress.tokens / seconds,
             "peak_memory_bytes": peak_memory(trainer.encoder.device),

@@ -383,7 +383,7 @@ class Trainer:
         """Go on from a state that was checked."""
         self.slots, self.next_lane = state.slots, state.next_lane
         for lane, progress, best in zip(self.lanes, state.progress, state.best, strict=True):
-            lane.progress = progress
+            lane.progress, lane.seconds_before = progress, progress.seconds
             lane.forget_losses()
             lane.best = [tensor.to(self.encoder.device) for tensor in best]
         for slot, lane in self._running():
