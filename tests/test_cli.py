@@ -248,6 +248,8 @@ def test_undefined_scores_are_null_in_json(tmp_path: Path, base: str, run: Run) 
         (("--method", "lora"), 2, "'lora'"),
         (("--recipe", "papre"), 2, "'papre'"),
         (("--terms", "queri"), 2, "Did you mean 'query'?"),
+        (("--terms", "pooler", "--pooling", "cls"), 2, "error: --terms 'pooler' names the pooler"),
+        (("--kind", "multilabel", "--class-weights", "balanced"), 2, "error: --class-weights 'bal"),
         (("--task", "mrcp"), 2, "Did you mean 'mrpc'?"),
         (("--label", "mod"), 2, 'mood'),
         (("--epochs", "0"), 2, "--epochs is 0; expected 1 to"),

@@ -100,7 +100,8 @@ class Lane:
         if config.attention_dropout is not None and not encoder.packed:
             raise UsageError(
                 f"base {encoder.base.name!r} does not run packed: attention_dropout cannot be "
-                "changed there, leave it out"
+                "changed there, leave it out",
+                field="attention_dropout",
             )
         self.layout = choose_layout(encoder, self.head, config)
         """The biases that are trained; empty for methods that train matrices."""
@@ -229,7 +230,8 @@ class Lane:
         if self.head.kind not in ("classification", "tokens"):
             raise UsageError(
                 f"class_weights {self.config.class_weights!r} is for classification and tokens, "
-                f"task {self.task.name!r} is {self.head.kind}: leave it out"
+                f"task {self.task.name!r} is {self.head.kind}: leave it out",
+                field="class_weights",
             )
         labels = np.concatenate([np.ravel(f.label) for f in self.train.features.items])
         counts = np.bincount(labels.astype(np.int64), minlength=self.head.num_outputs)
@@ -272,6 +274,7 @@ def _without_pooler(sites: tuple[Site, ...], terms: str, head: Head) -> tuple[Si
     if "pooler" in (item.strip() for item in terms.split(",")):
         raise UsageError(
             f"terms {terms!r} names the pooler, but this task pools by {head.pooling!r} and never "
-            "uses it: add --pooling pooler, or leave the term out"
+            "uses it: add --pooling pooler, or leave the term out",
+            field="terms",
         )
     return tuple(s for s in sites if s.term != "pooler")
