@@ -18,7 +18,9 @@ import typer
 import bitfit
 from bitfit import DataConfig, cli
 from bitfit.cli import app, console, options, training
-from bitfit.errors import BaseModelError, DataError, UsageError
+from bitfit.errors import BaseModelError, DataError, NotWritten, UsageError
+from bitfit.experiments.store import Store
+from bitfit.experiments.sweep import Summary
 from bitfit.jsonable import jsonable
 from bitfit.training.finetune import RunStarted
 
@@ -1382,6 +1384,76 @@ def test_a_failed_run_and_missing_data_of_several_experiments_are_both_said(
     reproduce("table3")
     lines = capsys.readouterr().out.splitlines()
     assert [len(json.loads(line)) for line in lines] == [2, 1]  # a list, of one too
+
+
+def test_an_experiment_that_cannot_begin_does_not_end_those_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bitfit.cli import sweeping
+
+    begun = []
+
+    def run_but_table2(order: sweeping.Ordered, *_: object, **__: object) -> dict[str, Any]:
+        begun.append(order.grid.name)
+        if order.grid.name == "table2":
+            raise BaseModelError("roberta-base: not there")
+        if order.grid.name == "figure1":
+            raise NotWritten("disk full")
+        return {"name": order.grid.name}
+
+    monkeypatch.setattr(sweeping, "_run", run_but_table2)
+    settings = sweeping.Settings(data=tmp_path)
+
+    def reproduce(*names: str) -> None:
+        grids = [sweeping.builtin_grid(name) for name in names]
+        orders = [sweeping.Ordered(grid, tmp_path / grid.name, settings) for grid in grids]
+        sweeping.run_grids(orders, {"ray": None, "name": "all"}, dry_run=False, as_json=True)
+
+    with pytest.raises(typer.Exit) as end:
+        reproduce("table2", "pos")
+    assert (end.value.exit_code, begun) == (1, ["table2", "pos"])
+    found = json.loads(capsys.readouterr().out)
+    assert [one.get("error") for one in found] == ["roberta-base: not there", None]
+    begun.clear()
+    with pytest.raises(NotWritten):
+        reproduce("figure1", "pos")
+    assert begun == ["figure1"]
+    begun.clear()
+    (tmp_path / "pos").mkdir()
+    grid = sweeping.builtin_grid("table3")
+    described = {key: [] for key in ("base", "rows", "tasks", "seeds")}
+    Store(tmp_path / "pos").write_experiment(
+        described | {"name": "other", "grid": grid.to_json(), "conditions": {}}
+    )
+    with pytest.raises(UsageError, match="holds the experiment 'other': --resume goes on"):
+        reproduce("table3", "pos")
+    assert begun == []  # days later it would have been as wrong
+
+
+def test_a_submission_that_cannot_be_made_is_lacking_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitfit.cli import sweeping
+
+    class Done:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def run(self, *_: object) -> Summary:
+            return Summary()
+
+    monkeypatch.setattr(sweeping, "Sweep", Done)
+    monkeypatch.setattr(sweeping, "best_runs", lambda store: {})
+    monkeypatch.setattr(
+        sweeping, "make_report",
+        lambda *_, **__: {"title": "t", "report": "r", "page": "p", "files": [], "lacks": []},
+    )  # fmt: skip
+    order = sweeping.Ordered(
+        sweeping.builtin_grid("figure2"), tmp_path, sweeping.Settings(data=tmp_path)
+    )
+    found = sweeping._run(order, {"quiet": True, "submission": True}, as_json=True)
+    assert "the submission: " in found["lacks"][0]
+    assert "no finished run of bias tuning on a GLUE task" in found["lacks"][0]
 
 
 def test_what_an_experiment_cannot_mean_names_the_option(tmp_path: Path, run: Run) -> None:

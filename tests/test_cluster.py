@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -17,9 +18,12 @@ import ray
 
 import bitfit
 from bitfit.cluster import check_address, connected
+from bitfit.encoder import open_encoder
 from bitfit.errors import BitfitError, MissingExtra, TrainingInterrupted, UsageError
-from bitfit.experiments.cluster import TRIES
+from bitfit.experiments.cluster import TRIES, _check_facts
 from bitfit.experiments.executor import WorkerLost
+from bitfit.experiments.material import Material, Sources
+from bitfit.experiments.plan import Planner, make_group
 from bitfit.experiments.store import Store
 from bitfit.experiments.sweep import GroupFinished, GroupStarted, Settings, Sweep
 
@@ -118,6 +122,21 @@ def kill_a_worker():
                 return
             os.kill(worker, signal.SIGCONT)
         time.sleep(0.02)
+
+
+def test_a_worker_whose_base_is_other_than_usual_is_refused(checkpoint, data, tmp_path):
+    """What is usual is not among a run's facts, so both sides are asked for what they have."""
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint(), copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.3}))
+    materials = [Material(open_encoder(str(base)), Sources(data)) for base in (checkpoint(), copy)]
+    for driver, worker in (materials, materials[::-1]):
+        grid = small_grid("base")
+        runs = Planner(grid, "base", driver, Store(tmp_path / "out")).search()[:1]
+        with pytest.raises(BitfitError, match=r"hidden_dropout_prob of .* are not the driver's"):
+            _check_facts(make_group(runs, 1), worker)
+        _check_facts(make_group(runs, 1), driver)
 
 
 def test_a_driver_killed_and_one_stopped_are_gone_on_with(

@@ -28,7 +28,7 @@ from bitfit.training.lane_count import (
 )
 from bitfit.training.methods import make_method
 from bitfit.training.settings import TrainConfig
-from bitfit.training.train import LaneDropped, StepDone, Trainer
+from bitfit.training.train import EpochDone, LaneDropped, StepDone, Trainer
 
 # Fifty steps of 24 rows, 8 at a time: 17 epochs of three.
 LONG = {"epochs": 17, "patience": 0, "keep": "last", "adam_eps": 1e-6}
@@ -212,6 +212,21 @@ def test_a_group_of_lanes_resumes_at_any_step_to_the_same_numbers(stop, open_tin
         assert torch.equal(found.best[0], expected.best[0])
         assert found.progress.history == expected.progress.history
         assert found.progress.tokens == expected.progress.tokens
+
+
+def test_epochs_that_end_together_are_saved_once(open_tiny, tmp_path, monkeypatch):
+    encoder = open_tiny()
+    lanes = [make_lane(encoder, train_seed=i, seed=i, epochs=2, patience=0) for i in range(3)]
+    trainer = Trainer(
+        encoder=encoder, method=make_method(encoder, lanes, 3), lanes=lanes,
+        checkpoint=tmp_path / "c",
+    )  # fmt: skip
+    events = []
+    monkeypatch.setattr(trainer, "save", lambda: events.append("saved"))
+    for event in trainer.run():
+        if isinstance(event, EpochDone):
+            events.append(event.epoch)
+    assert events == [1, 1, 1, "saved", 2, 2, 2, "saved"]
 
 
 def test_a_checkpoint_of_another_number_of_lanes_is_refused(open_tiny, tmp_path):

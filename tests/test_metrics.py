@@ -10,7 +10,6 @@ from sklearn import metrics as sk
 from bitfit.errors import UsageError
 from bitfit.metrics import (
     compute_metrics,
-    is_degenerate,
     majority_score,
     matthews,
     normalize_answer,
@@ -267,13 +266,3 @@ def test_majority_by_kind() -> None:
     labels = majority_score(task("multilabel"), [(0,), (0, 1), (0, 1), ()])
     assert labels["subset_accuracy"] == 0.25
     assert majority_score(task("classification"), []) == {}
-
-
-def test_a_run_at_or_below_the_majority_is_degenerate() -> None:
-    cola = BUILTIN_TASKS["cola"].task
-    bar = majority_score(cola, [1, 1, 0])
-    assert is_degenerate(cola, {"matthews": 0.0}, bar)
-    assert not is_degenerate(cola, {"matthews": 0.1}, bar)
-    stsb = BUILTIN_TASKS["stsb"].task
-    assert is_degenerate(stsb, {"spearman": math.nan}, {})
-    assert not is_degenerate(stsb, {"spearman": 0.5}, majority_score(stsb, [1.0, 2.0]))

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sweeping import small_grid, write_tickets
 
 from bitfit.encoder import open_encoder
+from bitfit.experiments import material
 from bitfit.experiments.grid import parse_grid
 from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import Planner
@@ -30,7 +32,7 @@ def ids_of(grid, base, data, directory):
 
 def test_a_base_with_the_same_tensors_and_other_settings_has_other_runs(checkpoint, data, tmp_path):
     ids = [ids_of(small_grid(checkpoint()), checkpoint(), data, tmp_path)]
-    for field, value in (("hidden_dropout_prob", 0.0), ("attention_probs_dropout_prob", 0.3)):
+    for field, value in (("hidden_dropout_prob", 0), ("attention_probs_dropout_prob", 0.3)):
         copy = tmp_path / field
         shutil.copytree(checkpoint(), copy)
         config = json.loads((copy / "config.json").read_text())
@@ -53,6 +55,52 @@ def test_own_rows_that_are_scored_otherwise_are_other_runs(checkpoint, data, tmp
         own = type(task)(name=task.name, data={**task.data, "kind": kind})
         ids |= {*ids_of(grid.replace(tasks=(own,)), checkpoint(), data, tmp_path).values()}
     assert len(ids) == 12
+
+
+def test_labels_that_a_grid_names_are_part_of_what_a_run_is(checkpoint, data, tmp_path):
+    grid = small_grid(checkpoint())
+    (task,) = grid.tasks
+    ids = set()
+    for labels in (["praise", "complaint"], ["praise", "complaint", "question"]):
+        own = type(task)(name=task.name, data={**task.data, "labels": labels})
+        ids |= {*ids_of(grid.replace(tasks=(own,)), checkpoint(), data, tmp_path).values()}
+    assert len(ids) == 12
+
+
+def test_a_grid_of_more_data_than_is_kept_reads_each_once(checkpoint, data, tmp_path, monkeypatch):
+    reads = []
+    read = Sources._read
+    monkeypatch.setattr(
+        Sources, "_read", lambda self, *asked: reads.append(asked[1:]) or read(self, *asked)
+    )
+    monkeypatch.setattr(material, "_KEPT", 2)
+    grid = small_grid(checkpoint()).replace(train_rows=(4, 6, 8, 10, 12))
+    planner = planner_of(grid, checkpoint(), data, tmp_path)
+    ids = [run.id for run in planner.search()]
+    planner.look_again()
+    assert [run.id for run in planner.search()] == ids
+    assert len(reads) == len(set(reads)) == 5
+
+
+def test_a_choice_of_rates_is_made_again_only_when_more_is_finished(
+    checkpoint, data, tmp_path, monkeypatch
+):
+    grid = small_grid(checkpoint()).only(rows=["Frozen"])
+    settings = Settings(data=data, threads=1, lanes=2)
+    Sweep(grid.replace(seeds=(0,)), tmp_path / "out", settings).run()
+    asked = []
+    record = Store.record
+    monkeypatch.setattr(
+        Store, "record", lambda self, run_id: asked.append(run_id) or record(self, run_id)
+    )
+    planner = planner_of(grid, checkpoint(), data, tmp_path / "out")
+    first, again = planner.repeats(), planner.repeats()
+    assert first == again
+    assert len(asked) == 2  # the two rates
+    Sweep(grid, tmp_path / "out", replace(settings, resume=True)).run()
+    asked.clear()
+    assert planner.repeats()[:1] == first[:1]
+    assert len(asked) >= 4
 
 
 def test_spans_have_their_usual_length_where_none_is_set(checkpoint, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from report_samples import (
 
 from bitfit.experiments.report import figures
 from bitfit.experiments.report.biases import mean_change
+from bitfit.experiments.report.course import is_degenerate
 from bitfit.experiments.report.curves import zeros
 from bitfit.experiments.report.differences import Draws, to_reference
 from bitfit.experiments.report.results import Results
@@ -30,6 +32,7 @@ from bitfit.experiments.report.table import Summary, points, rate_text
 from bitfit.experiments.report.tables import all_tables
 from bitfit.experiments.report.texts import as_csv, as_latex, as_markdown
 from bitfit.experiments.report.words import sections
+from bitfit.experiments.report.write import figure_names
 
 
 def tables_of(sample, resamples=200):
@@ -230,6 +233,17 @@ def test_convergence_and_stability_have_a_line_for_each_rate(tables):
     assert len(stable) == len(rows) == 24
     for row in stable:
         assert float(row["least"]) <= float(row["mean"].split(" ")[0]) <= float(row["best"])
+
+
+def test_a_run_that_is_not_above_the_majority_learned_nothing():
+    def run(score, majority):
+        return {"metric": "f1", "scores": {"f1": score}, "majority": majority}
+
+    assert is_degenerate(run(0.8, {"f1": 0.8}))
+    assert not is_degenerate(run(0.81, {"f1": 0.8}))
+    assert not is_degenerate(run(0.5, {}))  # tasks of numbers have none
+    assert not is_degenerate(run(0.5, {"f1": None}))
+    assert is_degenerate(run(None, {}))
 
 
 def test_runs_that_learned_nothing_are_counted_as_degenerate(tmp_path):
@@ -491,10 +505,20 @@ def test_an_order_that_is_turned_for_certain_is_outside_noise(tmp_path):
     assert "Full-FT above BitFit (outside noise)" in said["order"]
 
 
-def test_planned_runs_are_counted_where_the_experiment_says_how_many(tmp_path):
-    sample = Sample(tmp_path, rows=["BitFit"], tasks=["rte"], planned=9)
-    sample.done("BitFit", RTE)
-    assert "8 missing of 9" in words_of(sample)["setup"]
+def test_figures_of_names_that_look_alike_are_files_of_their_own():
+    keys = ["change-a b", "change-a-b", "change-a_b", "curve"]
+    names = figure_names([SimpleNamespace(key=key) for key in keys])
+    assert list(names.values()) == ["change-a-b", "change-a-b-2", "change-a-b-3", "curve"]
+
+
+def test_runs_that_stop_early_are_said_to_have_looked_at_all_of_dev(tmp_path):
+    said = []
+    for patience in (0, 3):
+        sample = Sample(tmp_path / str(patience), rows=["BitFit"], tasks=["rte"])
+        config = {"learning_rate": 1e-3, "seed": 0, "patience": patience}
+        sample.done("BitFit", RTE, config=config)
+        said.append("stop early" in words_of(sample)["protocols"])
+    assert said == [False, True]
 
 
 def test_numbers_are_written_as_readers_expect():

@@ -96,8 +96,26 @@ def test_a_claim_of_a_killed_process_or_a_silent_host_is_not_alive(store):
     long_ago = time.time() - STALE_SECONDS - 1
     os.utime(path, (long_ago, long_ago))
     assert not store.claims()[0].is_alive
+    store.beat("group")  # of another's claim: whoever has it says so itself
+    assert not store.claims()[0].is_alive
+    path.write_text(json.dumps(note))
+    os.utime(path, (long_ago, long_ago))
     store.beat("group")
     assert store.claims()[0].is_alive
+
+
+def test_who_slept_while_its_group_was_taken_over_takes_nothing_from_the_other(store):
+    store.claim("group", ["01"], 1)
+    path = store.directory / "work" / "group.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
+    store.write_epoch("group", "01", 1, {"dev": [0]})
+    store.end("group")
+    assert [claim.host for claim in store.claims()] == ["elsewhere"]
+    assert store.read_epoch("group", "01", 1) == {"dev": [0]}
+    store.claim("group", ["01"], 1)
+    store.end("group")
+    assert store.claims() == []
+    assert store.read_epoch("group", "01", 1) is None
 
 
 def test_a_claim_of_this_process_that_it_does_not_hold_is_not_alive(store, monkeypatch):

@@ -33,11 +33,13 @@ from bitfit.experiments.conditions import Conditions, choose_conditions
 from bitfit.experiments.dry_run import dry_run
 from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import BegunAnew
+from bitfit.experiments.executor import LocalExecutor
 from bitfit.experiments.grid import Row, parse_grid
-from bitfit.experiments.plan import most_lanes
+from bitfit.experiments.material import Material
+from bitfit.experiments.plan import Planner, make_group, most_lanes
 from bitfit.experiments.protocol import choose, paper_scores, task_of
 from bitfit.experiments.report.write import write_report
-from bitfit.experiments.store import Store
+from bitfit.experiments.store import Result, Store
 from bitfit.experiments.sweep import GroupFinished, GroupStarted, Planned, Settings, Sweep, Waiting
 from bitfit.metrics import compute_metrics
 from bitfit.storage import pack_safetensors, unpack_safetensors
@@ -68,6 +70,12 @@ def finished(checkpoint, data, tmp_path_factory):
     """A sweep that was never disturbed: its directory and how it ended."""
     out = tmp_path_factory.mktemp("experiments") / "whole"
     return out, small_sweep(checkpoint(), str(data), str(out), resume=False).run()
+
+
+def planner_of(sweep):
+    (base,) = sweep.grid.base
+    material = Material(sweep.open_base(base), sweep.sources)
+    return Planner(sweep.grid, base, material, sweep.store)
 
 
 def essence(directory):
@@ -804,6 +812,85 @@ def test_within_a_budget_the_most_telling_runs_are_made_and_the_order_is_kept(
         "Full-FT on tickets, rate 0.0001, seed 0", "Full-FT on tickets, rate 0.001, seed 0",
         "Full-FT on tickets, the best rate, seed 1", "Full-FT on tickets, the best rate, seed 2",
     ]  # fmt: skip
+
+
+def test_time_that_is_spent_is_not_spent_on_measuring(checkpoint, data, tmp_path, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(Clock, "speed", never)
+    monkeypatch.setattr("bitfit.experiments.sweep.choose_lane_count", never)
+    out = tmp_path / "out"
+    summary = Sweep(
+        small_grid(checkpoint()), out, Settings(data=data, threads=1, budget_seconds=-1.0)
+    ).run()
+    assert (summary.made, len(summary.left_out) >= 6) == (0, True)
+    # Nor on what another began.
+    sweep = small_sweep(checkpoint(), str(data), str(out), budget_seconds=-1.0)
+    ids = [run.id for run in planner_of(sweep).search()[:2]]
+    sweep.store.claim("0" * 16, ids, 2)
+    sweep.store.let_go("0" * 16)
+    assert sweep.run().made == 0
+    assert [claim.group for claim in sweep.store.claims()] == ["0" * 16]
+    assert small_sweep(checkpoint(), str(data), str(out)).run().failed == []
+
+
+def test_of_runs_that_are_too_long_together_those_that_fit_are_made(
+    checkpoint, data, tmp_path, monkeypatch
+):
+    """Not the less telling ones behind them."""
+    monkeypatch.setattr(Clock, "seconds", lambda clock, group: 400.0 * len(group.runs))
+    events = []
+    settings = Settings(data=data, threads=1, lanes=4, budget_seconds=900.0)
+    Sweep(small_grid(checkpoint()), tmp_path / "out", settings).run(events.append)
+    groups = [event.group for event in events if isinstance(event, GroupStarted)]
+    assert [run.row.name for run in groups[0].runs] == ["BitFit", "BitFit"]
+
+
+def test_what_a_group_took_gives_the_same_estimate_again(checkpoint, data, tmp_path):
+    """The evaluation that it had is not taken for training, and then added once more."""
+    sweep = small_sweep(checkpoint(), str(data), str(tmp_path / "out"))
+    planner = planner_of(sweep)
+    clock = Clock(planner.material)
+    runs = planner.search()[:2]
+    group = make_group(runs, 2)
+    clock.learn(group, {run.id: run.config.epochs for run in runs}, 12.0)
+    assert clock.seconds(group) == pytest.approx(12.0)
+    clock.learn(group, {run.id: 1 for run in runs}, 12.0)  # stopped early: slower than it was
+    assert clock.seconds(group) > 12.0
+    before = dict(clock.speeds)
+    clock.learn(group, {runs[0].id: 2}, 1.0)  # the other failed, who knows when
+    assert clock.speeds == before
+
+
+def test_a_failure_of_one_who_slept_does_not_stand_before_what_another_made(
+    checkpoint, data, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    sweep = small_sweep(checkpoint(), str(data), str(out))
+    collect = LocalExecutor.collect
+
+    def fail_elsewhere(self, timeout):
+        outcomes = collect(self, timeout)
+        for outcome in outcomes:
+            for result in outcome.results:
+                failed = {**result.record, "state": "failed", "error": "no device"}
+                sweep.store.write(Result(record=failed))
+        return outcomes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalExecutor, "collect", fail_elsewhere)
+        summary = sweep.run()
+    assert summary.failed == []
+    assert summary.done == summary.made > 6
+
+
+def test_one_base_under_two_names_is_refused(checkpoint, data, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint(), copy)
+    grid = small_grid(checkpoint()).replace(base=(checkpoint(), str(copy))).only(rows=["Frozen"])
+    with pytest.raises(UsageError, match="under another name"):
+        Sweep(grid, tmp_path / "out", Settings(data=data, threads=1, lanes=2)).run()
 
 
 def test_missing_data_is_refused_or_left_out(checkpoint, data, tmp_path):

@@ -19,7 +19,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,12 +94,6 @@ def majority_score(task: Task, references: Any) -> dict[str, float]:
     if "f1" in scores:
         scores["f1"] = f1_binary(np.ones_like(truth), truth)
     return scores
-
-
-def is_degenerate(task: Task, scores: Mapping[str, float], majority: Mapping[str, float]) -> bool:
-    """Say whether a run learned nothing: its headline metric is NaN or not above the majority's."""
-    score = scores[task.metric]
-    return math.isnan(score) or score <= majority.get(task.metric, -math.inf)
 
 
 # ------------------------------------------------------------------ classes

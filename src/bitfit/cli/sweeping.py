@@ -17,8 +17,9 @@ from rich.progress import Progress
 from bitfit.cli import console, options
 from bitfit.cluster import connected
 from bitfit.encoder import open_encoder
-from bitfit.errors import DataError, UsageError
+from bitfit.errors import BitfitError, DataError, NotWritten, TrainingInterrupted, UsageError
 from bitfit.experiments.answers import restore_answers
+from bitfit.experiments.described import check_begins
 from bitfit.experiments.dry_run import dry_run as plan_sweep
 from bitfit.experiments.execute import BegunAnew
 from bitfit.experiments.executor import WorkerLost
@@ -125,12 +126,16 @@ def run_grids(
     """Run grids one after the other, or show what they would do; then report on each.
 
     Raises:
-        UsageError: a directory that no file can be made in.
-        typer.Exit: runs failed: the exit code is 1.
+        UsageError: a directory that no file can be made in, or that holds another experiment.
+        typer.Exit: runs failed, or one of several experiments: the exit code is 1.
     """
     for order in orders:
         _check_place(order.directory)
+        if not dry_run:
+            settings = order.settings
+            check_begins(order.grid, order.directory, dtype=settings.dtype, resume=settings.resume)
     found = []
+    is_broken = False
     planned: set[str] = set()
     began = time.monotonic()
     with connected(None if dry_run else given["ray"]):  # once for all grids
@@ -146,9 +151,12 @@ def run_grids(
                         _show_plan(plan)
                 else:
                     found.append(_run(order, given, as_json=as_json))
-            except DataError as error:  # of several grids, one whose data is not there
+            except (TrainingInterrupted, NotWritten):  # the next would not fare better
+                raise
+            except BitfitError as error:  # of several grids, one whose data or base is not there
                 if len(orders) == 1:
                     raise
+                is_broken = is_broken or not isinstance(error, DataError)
                 console.note(f"left out {order.grid.name}: {error}")
                 found.append({"name": order.grid.name, "error": str(error)})
     if dry_run and len(orders) > 1 and not as_json:
@@ -157,7 +165,8 @@ def run_grids(
         raise DataError("; ".join(one["error"] for one in found))
     if as_json:
         console.print_json(found if given.get("name") == "all" else found[0])
-    if any(one.get("failed") for one in found):  # they are listed, and whoever waits is told too
+    # They are listed, and whoever waits is told too.
+    if is_broken or any(one.get("failed") for one in found):
         raise typer.Exit(1)
 
 
@@ -178,10 +187,13 @@ def _run(order: Ordered, given: Mapping[str, Any], *, as_json: bool) -> dict[str
     with console.Interruption() as interruption, Watch(given["quiet"]) as watch:
         interruption.running = True
         summary = sweep.run(watch, lambda: interruption.asked)
-    files = make_report(
-        order.directory, None, order.settings.data, submission=given.get("submission", False),
-        quiet=given["quiet"],
-    )  # fmt: skip
+    data, quiet = order.settings.data, given["quiet"]
+    files = make_report(order.directory, None, data, quiet=quiet)
+    if given.get("submission", False):
+        try:
+            files["submissions"] = _submit(order.directory, data, Path(files["report"]), quiet)
+        except (UsageError, DataError) as error:  # the runs are made, and perhaps others to come
+            files["lacks"].append(f"the submission: {error}")
     report = _summary_json(order, summary) | files
     if not as_json:
         _show_summary(order, summary, files)
@@ -398,7 +410,9 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
         f"{console.count(plan['runs'], 'run')} to make, {shared}{plan['finished']} finished: about "
         f"{console.duration(plan['seconds'])} one after the other on {conditions['device']} with "
         f"{console.count(conditions['threads'], 'thread')} in {conditions['dtype']}, "
-        f"{console.size(plan['bytes'])} in {plan['directory']}. Lanes make rows of biases faster."
+        f"{console.size(plan['bytes'])} in {plan['directory']}, up to "
+        f"{console.size(plan['bytes_while_running'])} more while it works. "
+        "Lanes make rows of biases faster."
     )
 
 
@@ -457,7 +471,7 @@ def make_report(
     if submission:
         if data is None:
             raise UsageError("a submission answers GLUE's test files: name them with --data DIR")
-        found["submissions"] = _submit(store, data, folder, quiet)
+        found["submissions"] = _submit(directory, data, folder, quiet)
     return found
 
 
@@ -473,9 +487,10 @@ def show_report(found: Mapping[str, Any]) -> None:
             console.note(f"without {name}: {why}")
 
 
-def _submit(store: Store, data: Path, folder: Path, quiet: bool) -> list[dict[str, Any]]:
+def _submit(directory: Path, data: Path, folder: Path, quiet: bool) -> list[dict[str, Any]]:
     """Write the GLUE server's files of each base, answered by its best runs of bias tuning."""
     made = []
+    store = Store(directory)
     best = best_runs(store)
     if not best:
         raise UsageError(f"{store.directory} has no finished run of bias tuning on a GLUE task")

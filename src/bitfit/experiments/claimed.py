@@ -33,7 +33,7 @@ class Held:
     def release(self, group: Group) -> None:
         """Remove the claim of a group whose results are written."""
         self.groups -= {group.id}
-        self.store.release(group.id)
+        self.store.end(group.id)
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):

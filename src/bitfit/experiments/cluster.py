@@ -280,12 +280,15 @@ def _check_facts(group: Group, material: Material) -> None:
     """Refuse another base or other data under the same name: the runs' ids would be wrong."""
     for run in group.runs:
         found = material.facts(run.task, run.train_rows, run.data_seed)
-        for name, expected in run.facts:
-            if found[name] != expected:
+        expected = dict(run.facts)
+        for name in (*expected, *(name for name in found if name not in expected)):
+            # What is usual, as a dropout of 0.1, is not among them.
+            here, there = (facts.get(name, "as usual") for facts in (found, expected))
+            if here != there:
                 what = {"train": "training rows", "dev": "dev rows"}.get(name, name)
                 raise BitfitError(
-                    f"its {what} of {run} are not the driver's ({found[name][:16]}, expected "
-                    f"{expected[:16]}): expected the same --base and --data on each machine"
+                    f"its {what} of {run} are not the driver's ({here[:16]}, expected "
+                    f"{there[:16]}): expected the same --base and --data on each machine"
                 )
 
 

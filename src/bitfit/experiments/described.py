@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bitfit.errors import UsageError
-from bitfit.experiments.conditions import Conditions
+from bitfit.experiments.conditions import Conditions, check_weights
 from bitfit.experiments.grid import Grid
+from bitfit.experiments.store import Store
 from bitfit.jsonable import jsonable
 
 # Options with which a command asks for the same runs.
@@ -69,6 +70,21 @@ def _asked(command: str) -> list[str]:
             found.append(word)
         is_value = name in _WITH_VALUES and not has_value
     return found
+
+
+def check_begins(grid: Grid, directory: Path, *, dtype: str, resume: bool) -> None:
+    """Refuse what :class:`~bitfit.experiments.sweep.Sweep` would, as far as the directory tells.
+
+    For experiments that are to run after others, perhaps for days.
+
+    Raises:
+        UsageError: as :func:`check_joins`, or ``dtype`` is none that the grid's rows train in.
+    """
+    store = Store(directory)
+    if store.exists:
+        check_joins(grid, store.experiment(), directory, resume=resume)
+    else:
+        check_weights(grid, dtype)
 
 
 def check_joins(grid: Grid, before: Mapping[str, Any], directory: Path, *, resume: bool) -> None:

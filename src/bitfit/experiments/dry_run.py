@@ -18,6 +18,7 @@ from bitfit.experiments.plan import Planner, make_group
 from bitfit.experiments.runs import Run
 from bitfit.experiments.store import Store
 from bitfit.experiments.sweep import Settings, conditions_of
+from bitfit.training.methods import encoder_parameters
 from bitfit.training.settings import ROW_METHODS
 
 # A task file's document, a record, and what their file system adds.
@@ -49,7 +50,8 @@ def dry_run(
     Returns:
         ``cells``: per base, row, task and training size: ``runs`` left, ``seconds``, ``bytes``,
         ``tokens_per_second``. ``runs``, ``finished``, ``seconds``, ``bytes``: of all;
-        ``shared``: runs that experiments before this one make;
+        ``bytes_while_running``: what the state of the largest run takes beside them until it is
+        finished; ``shared``: runs that experiments before this one make;
         ``missing_tasks``; ``cut_sizes``: a sentence for each task with fewer rows than a learning
         curve asks for; ``conditions``.
     """
@@ -60,7 +62,7 @@ def dry_run(
         states = _done(states)  # what failed would be made again
     for other in settings.reuse:
         states |= _done(Store(other).finished())
-    finished = shared = 0
+    finished = shared = state = 0
     planned = set() if planned is None else planned
     cut: list[str] = []
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -86,6 +88,7 @@ def dry_run(
             cell["runs"] += 1
             cell["seconds"] += clock.seconds(group)
             cell["bytes"] += _bytes(run, material)
+            state = max(state, _state_bytes(run, material))
             with suppress(BitfitError):  # cannot be made: the sweep will record why
                 cell["tokens_per_second"] = clock.speed([run], 1)
     listed = list(cells.values())
@@ -95,6 +98,7 @@ def dry_run(
         "shared": shared,
         "seconds": sum(cell["seconds"] for cell in listed),
         "bytes": sum(cell["bytes"] for cell in listed),
+        "bytes_while_running": state,
         "missing_tasks": missing, "cut_sizes": cut,
         "conditions": conditions.to_json(),
     }  # fmt: skip
@@ -126,6 +130,21 @@ def _new_cell(run: Run) -> dict[str, Any]:
     keys = ("base", "row", "task", "train_rows")
     counts = {"runs": 0, "seconds": 0.0, "bytes": 0, "tokens_per_second": 0.0}
     return dict(zip(keys, _key(run), strict=True)) | counts
+
+
+def _state_bytes(run: Run, material: Material) -> int:
+    """Return about what the state of a run takes while it is made."""
+    try:
+        lane = material.lane(run)
+    except BitfitError:
+        return 0
+    encoder = material.encoder
+    trained = lane.layout.n
+    if run.config.method == "full":
+        trained = sum(p.numel() for p in encoder_parameters(encoder, lane.head).values())
+    # fp32: the numbers, Adam's two moments and the best epoch's; the new state stands beside the
+    # old one until it replaces it.
+    return 2 * 4 * 4 * (trained + lane.head.size)
 
 
 def _bytes(run: Run, material: Material) -> int:

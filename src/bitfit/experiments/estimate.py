@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from bitfit.errors import BitfitError
 from bitfit.experiments.execute import Group
@@ -23,6 +23,7 @@ class Clock:
     def __init__(self, material: Material) -> None:
         self.material = material
         self.speeds: dict[Kind, float] = {}
+        self._tokens: dict[tuple[Hashable, ...], dict[str, int]] = {}
 
     def seconds(self, group: Group) -> float:
         """Return about how long a group takes, measuring where its kind is not known."""
@@ -33,10 +34,17 @@ class Clock:
             speed = self.speed([run], lanes)
         except BitfitError:  # cannot be made, which takes no time
             return 0.0
-        splits = self.material.splits(run)
-        train, dev = (sum(len(f) for f in splits[name].features.items) for name in ("train", "dev"))
-        evaluated = train + dev * (run.config.epochs + 1)
-        return (train * run.config.epochs + evaluated / _EVALUATION_GAIN) / speed
+        return self._work(run, run.config.epochs) / speed
+
+    def _work(self, run: Run, epochs: int) -> float:
+        """Return the tokens of a run of so many epochs, evaluated ones at their share of a cost."""
+        key = *run.material, run.config.max_length
+        if key not in self._tokens:
+            splits = self.material.splits(run)
+            self._tokens[key] = {k: sum(map(len, v.features.items)) for k, v in splits.items()}
+        train, dev = (self._tokens[key][name] for name in ("train", "dev"))
+        # Every epoch ends with dev; the kept one is scored on both once more.
+        return train * epochs + (train + dev * (epochs + 1)) / _EVALUATION_GAIN
 
     def speed(self, runs: Sequence[Run], lanes: int) -> float:
         """Return the tokens per second of a kind of runs, measured once."""
@@ -46,11 +54,19 @@ class Clock:
             self.speeds[kind] = training_speed(self.material.encoder, side_by_side)
         return self.speeds[kind]
 
-    def learn(self, group: Group, tokens: int, seconds: float) -> None:
-        """Take the speed that a whole group of one method had."""
+    def learn(self, group: Group, epochs: Mapping[str, int], seconds: float) -> None:
+        """Take the speed that a whole group of one method had.
+
+        Args:
+            group: what was made.
+            epochs: how many each of its runs had, by id; of a group with runs that failed, whose
+                work is not known, nothing is learned.
+            seconds: that all of it took, evaluation too.
+        """
         kinds = {_kind(run, group.lanes) for run in group.runs}
-        if len(kinds) == 1 and tokens and seconds > 0:
-            self.speeds[kinds.pop()] = tokens / seconds
+        if len(kinds) == 1 and seconds > 0 and all(run.id in epochs for run in group.runs):
+            work = sum(self._work(run, epochs[run.id]) for run in group.runs)
+            self.speeds[kinds.pop()] = work / seconds
 
 
 def _kind(run: Run, lanes: int) -> Kind:

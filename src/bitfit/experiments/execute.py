@@ -135,7 +135,11 @@ class _Work:
             method=make_method(encoder, made, min(group.lanes, len(made))),
             lanes=made,
             checkpoint=store.scratch(group.id) / "state.checkpoint",
-            identity={"group": group.id, "threads": torch.get_num_threads()},
+            identity={
+                "group": group.id,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
         )
         self.peak: int | None = None
 

@@ -14,6 +14,8 @@ from bitfit.encoder import Encoder
 from bitfit.errors import BitfitError, DataError, UsageError
 from bitfit.experiments.grid import Grid, GridTask
 from bitfit.experiments.runs import Run, data_config
+from bitfit.storage import dump_json
+from bitfit.tasks import Task
 from bitfit.training.lane import Lane, Split
 
 V = TypeVar("V")
@@ -30,6 +32,16 @@ class Source:
     hashes: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is remembered of a data set when its rows are not."""
+
+    task: Task
+    hashes: Mapping[str, str]
+    """Of each split."""
+    train_rows: int
+
+
 class Sources:
     """Data sets that were asked for last, read and hashed once.
 
@@ -40,6 +52,7 @@ class Sources:
     def __init__(self, data: Path) -> None:
         self.data = data
         self._kept: OrderedDict[Hashable, Source] = OrderedDict()
+        self._known: dict[Hashable, Known] = {}
 
     def read(self, task: GridTask, train_rows: int | None, seed: int) -> Source:
         """Return the rows of a task, with dev.
@@ -48,9 +61,24 @@ class Sources:
             DataError: files that are not there or cannot be read.
             UsageError: data without a dev split, which every choice needs.
         """
-        return _kept(self._kept, (task.name, train_rows, seed), lambda: self._read(
-            task, train_rows, seed
-        ))  # fmt: skip
+        key = task.name, train_rows, seed
+        source = _kept(self._kept, key, lambda: self._read(task, train_rows, seed))
+        dataset = source.dataset
+        self._known[key] = Known(dataset.task, source.hashes, len(dataset.splits["train"]))
+        return source
+
+    def known(self, task: GridTask, train_rows: int | None, seed: int) -> Known:
+        """Return what is known of a task's rows, which are read where they never were.
+
+        A grid with many data sets asks for these again and again; it keeps the rows of a few.
+
+        Raises:
+            BitfitError: as :meth:`read`.
+        """
+        key = task.name, train_rows, seed
+        if key not in self._known:
+            self.read(task, train_rows, seed)
+        return self._known[key]
 
     def _read(self, task: GridTask, train_rows: int | None, seed: int) -> Source:
         dataset = read_dataset(data_config(task, self.data, train_rows, seed), with_test=False)
@@ -71,8 +99,8 @@ class Sources:
         """
         if not grid.train_rows:
             return (task.limit,)
-        source = self.read(task, max(grid.train_rows), grid.data_seed(grid.seeds[0]))
-        most = min(len(source.dataset.splits["train"]), task.limit or max(grid.train_rows))
+        known = self.known(task, max(grid.train_rows), grid.data_seed(grid.seeds[0]))
+        most = min(known.train_rows, task.limit or max(grid.train_rows))
         return tuple(dict.fromkeys(min(size, most) for size in grid.train_rows))
 
     def there(self, grid: Grid, *, skip_missing: bool) -> tuple[Grid, list[str]]:
@@ -85,7 +113,7 @@ class Sources:
         for task in grid.tasks:
             try:
                 for size in self.sizes(grid, task):
-                    self.read(task, size, grid.data_seed(grid.seeds[0]))
+                    self.known(task, size, grid.data_seed(grid.seeds[0]))
                 tasks.append(task)
             except BitfitError as error:
                 missing.append(f"{task.name}: {error}")
@@ -143,25 +171,32 @@ class Material:
 
         The hashes of base, tokenizer and data, and the precision. What else a base and a task bring
         counts where it is not usual (ids of earlier versions stay): dropout unlike BERT's, a
-        pooling other than the mean, how a task is scored that is not built in.
+        pooling other than the mean, how a task is scored that is not built in, labels that the grid
+        names.
         """
-        base, source = self.encoder.base, self.source(task, train_rows, seed)
-        found = source.dataset.task
+        base, known = self.encoder.base, self.sources.known(task, train_rows, seed)
         own = {
             key: f"{value:g}" for key, value in base.config.to_dict().items()
-            if "dropout" in key and isinstance(value, float) and value != _BERT_DROPOUT
+            if _is_dropout(key, value) and value != _BERT_DROPOUT
         }  # fmt: skip
         if base.pooling != "mean":
             own["pooling"] = base.pooling
         if "task" not in task.data:
-            own["scored_as"] = f"{found.kind}: {', '.join(found.metrics)}"
+            own["scored_as"] = f"{known.task.kind}: {', '.join(known.task.metrics)}"
+        if "labels" in task.data:  # else they follow from the rows
+            own["labels"] = dump_json(known.task.labels)
         return own | {
             "base": base.identity.sha256,
             "tokenizer": base.tokenizer_sha256,
-            "train": source.hashes["train"],
-            "dev": source.hashes["dev"],
+            "train": known.hashes["train"],
+            "dev": known.hashes["dev"],
             "dtype": self.encoder.precision,
         }
+
+
+def _is_dropout(key: str, value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and ("dropout" in key or key.endswith("_pdrop"))  # GPT-2's
 
 
 def _kept(cache: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], V]) -> V:

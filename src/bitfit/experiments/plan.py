@@ -14,7 +14,7 @@ from bitfit.errors import UsageError
 from bitfit.experiments.execute import Group
 from bitfit.experiments.grid import Grid, GridTask, Row
 from bitfit.experiments.material import Material
-from bitfit.experiments.protocol import choose, paper_scores, split_scores
+from bitfit.experiments.protocol import EpochScores, choose, paper_scores, split_scores
 from bitfit.experiments.runs import Run
 from bitfit.experiments.store import Store
 from bitfit.training.settings import SPAN_MAX_LENGTH, TrainConfig
@@ -65,6 +65,9 @@ class Planner:
             for size in self._sizes[task.name]
         ]
         self._runs: dict[tuple[Any, ...], Run] = {}
+        # By cell: the states of the runs that were chosen from, and the rates.
+        self._chosen: dict[tuple[Any, ...], tuple[dict[str, str], list[float]]] = {}
+        self._halves: dict[str, EpochScores | None] = {}
         self._before = self._finished_before()
         self._seeds_before = store.experiment().get("seeds", []) if store.exists else []
         self._refuse_twins()
@@ -151,16 +154,24 @@ class Planner:
         }
         if any(run.id not in finished for run in runs[self.grid.seeds[0]]):
             return []
-        whole = [run for each in runs.values() for run in each if run.id in finished]
-        records = [self.store.record(run.id) for run in whole]
+        whole = {run.id: finished[run.id] for each in runs.values() for run in each
+                 if run.id in finished}  # fmt: skip
+        # Asked for at every claim, and scoring what every epoch predicted takes seconds a cell.
+        key = cell.row.name, cell.task.name, cell.train_rows
+        if key not in self._chosen or self._chosen[key][0] != whole:
+            records = [self.store.record(run_id) for run_id in whole]
+            found = [choose(records, scores_of) for scores_of in (paper_scores, self._on_halves)]
+            choices = [choice for cells in found for each in cells.values() for choice in each]
+            rates = sorted({choice.record["config"]["learning_rate"] for choice in choices})
+            self._chosen[key] = whole, rates
+        return self._chosen[key][1]
 
-        def on_halves(record: Mapping[str, Any]) -> Any:
-            store = self.store
-            return split_scores(record, store.predictions(record), store.answers(record))
-
-        found = [choose(records, scores_of) for scores_of in (paper_scores, on_halves)]
-        choices = [choice for cells in found for runs_ in cells.values() for choice in runs_]
-        return sorted({choice.record["config"]["learning_rate"] for choice in choices})
+    def _on_halves(self, record: Mapping[str, Any]) -> EpochScores | None:
+        run_id, store = record["id"], self.store
+        if run_id not in self._halves:
+            scores = split_scores(record, store.predictions(record), store.answers(record))
+            self._halves[run_id] = scores
+        return self._halves[run_id]
 
     def _run(self, cell: CellPlan, rate: float, seed: int) -> Run:
         key = cell.row.name, cell.task.name, cell.train_rows, rate, seed
@@ -180,7 +191,7 @@ class Planner:
         """Return the length that is set, or what is usual for the kind of the task."""
         if "max_length" in self.grid.options_of(cell.row, cell.task):
             return config.max_length
-        task = self.material.source(cell.task, cell.train_rows, data_seed).dataset.task
+        task = self.material.sources.known(cell.task, cell.train_rows, data_seed).task
         return SPAN_MAX_LENGTH if task.kind == "span" else config.max_length
 
     def _as_finished(self, run: Run) -> Run:
@@ -200,8 +211,9 @@ class Planner:
 
     def look_again(self) -> None:
         """Forget in which precision runs were done: some came from elsewhere."""
-        self._runs.clear()
-        self._before = self._finished_before()
+        if self.also:
+            self._runs.clear()
+            self._before = self._finished_before()
 
     def waiting(self, taken: Sequence[str] = ()) -> list[list[Run]]:
         """Return what is left to do: of the search, then of the repeats, each in its order.

@@ -177,10 +177,12 @@ class Store:
         """Return the state, ``done`` or ``failed``, of each run by its id."""
         found = {}
         for path in self._files("runs", ".json"):
-            # A record changes only by `forget`, and it is asked for at every claim.
-            if path.stem not in self._states:
-                self._states[path.stem] = _read_record(path)["state"]
-            found[path.stem] = self._states[path.stem]
+            # Asked for at every claim. What is done stays so; what failed another may try again.
+            if path.stem not in self._done and (state := _read_record(path)["state"]) != "done":
+                found[path.stem] = state
+                continue
+            self._done.add(path.stem)
+            found[path.stem] = "done"
         return found
 
     def is_finished(self, run_id: str) -> bool:
@@ -220,7 +222,7 @@ class Store:
     def forget(self, run_id: str) -> None:
         """Remove a record, so that the run is made again."""
         (self.directory / "runs" / f"{run_id}.json").unlink(missing_ok=True)
-        self._states.pop(run_id, None)
+        self._done.discard(run_id)
 
     def predictions(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return a run's predictions of dev, epoch by epoch, as the metrics take them.
@@ -304,6 +306,9 @@ class Store:
         note = _read_if_there(self._manifest(group))
         return note is not None and (note["host"], note["pid"]) == (host, pid)
 
+    def _is_ours(self, group: str) -> bool:
+        return self.is_claimed_by(group, socket.gethostname(), os.getpid())
+
     def claim(self, group: str, runs: Sequence[str], lanes: int) -> None:
         """Take a group, or take it over from a process that is no more. Hold the lock for this."""
         note = {
@@ -317,11 +322,21 @@ class Store:
 
     def beat(self, group: str) -> None:
         """Say that the process that claimed the group lives."""
-        with suppress(OSError):  # a network folder that fails now may not at the next beat
-            os.utime(self._manifest(group))
+        with suppress(OSError, BitfitError):  # a network folder may fail now and not at the next
+            if self._is_ours(group):
+                os.utime(self._manifest(group))
+
+    def end(self, group: str) -> None:
+        """Release a group of ours, once its results are written.
+
+        One that another took over, as this process slept, is the other's to release.
+        """
+        _own.discard(self._manifest(group).resolve())
+        if self._is_ours(group):
+            self.release(group)
 
     def release(self, group: str) -> None:
-        """Remove the claim and all that the work left, once its results are written."""
+        """Remove a claim, whoever's it is, and all that the work left."""
         _own.discard(self._manifest(group).resolve())
         self._manifest(group).unlink(missing_ok=True)
         shutil.rmtree(self.scratch(group), ignore_errors=True)
@@ -339,7 +354,7 @@ class Store:
     def let_go(self, group: str) -> None:
         """Leave a group as it stands, to be gone on with by whoever comes."""
         _own.discard(self._manifest(group).resolve())
-        if self.is_claimed_by(group, socket.gethostname(), os.getpid()):
+        if self._is_ours(group):
             path = self._manifest(group)
             _write_json(path, _read_json(path) | {"host": "", "pid": 0})
 
@@ -358,8 +373,8 @@ class Store:
     # ------------------------------------------------------------------ places
 
     @cached_property
-    def _states(self) -> dict[str, str]:
-        return {}
+    def _done(self) -> set[str]:
+        return set()
 
     @cached_property
     def _references(self) -> dict[Path, dict[str, Any] | None]:

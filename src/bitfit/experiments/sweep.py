@@ -6,6 +6,7 @@ a directory, each taking what the others have not.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -263,6 +264,11 @@ class Sweep:
         planner = Planner(
             self.grid, base, material, self.store, also=self.conditions.earlier_dtypes
         )
+        if self._own & {run.id for run in planner.search()}:
+            raise UsageError(
+                f"base {base!r} is one of those before it under another name: their runs are the "
+                "same, leave one out"
+            )
         self._prepare(planner)
         done, total = self._progress(planner)
         tell(Planned(base, done, total, self.summary.missing_tasks, planner.cut_sizes()))
@@ -312,12 +318,12 @@ class Sweep:
             for run_id, state in self.store.finished().items():
                 if state == "failed" and run_id in own:
                     self.store.forget(run_id)
-        for directory in self.settings.reuse:
+        for other in map(Store, self.settings.reuse):
             for runs in (planner.search, planner.repeats):  # known when the search is there
                 finished = self.store.finished()
                 for run in runs():
                     if run.id not in finished:
-                        self.store.reuse(Store(directory), planner.ids(run), _place(run))
+                        self.store.reuse(other, planner.ids(run), _place(run))
                 planner.look_again()
 
     def _progress(self, planner: Planner) -> tuple[int, int]:
@@ -348,7 +354,7 @@ class Sweep:
             group = self._take_over(planner, [c for c in claims if c not in alive])
             if group is None:
                 taken = [run_id for claim in alive for run_id in claim.runs]
-                group = self._take_new(planner, clock, taken, left_out)
+                group = self._take_new(planner, clock, [*taken, *left_out], left_out)
             if group is not None:
                 self.store.claim(group.id, [run.id for run in group.runs], group.lanes)
                 held.add(group)
@@ -358,12 +364,15 @@ class Sweep:
             return None, [c for c in alive if c.group not in held.groups and own & {*c.runs}]
 
     def _take_over(self, planner: Planner, dead: Sequence[Claim]) -> Group | None:
-        """Return the first group of this grid that was begun by a process that is no more."""
+        """Return the first group of this grid that was begun by a process that is no more.
+
+        How much of it is left is not known: it is gone on with while any time is left.
+        """
         finished = self.store.finished()
         for claim in dead:
             if all(run_id in finished for run_id in claim.runs):
                 self.store.release(claim.group)  # killed between the last record and this
-            elif (runs := planner.find(claim.runs)) is not None:
+            elif self._time_left() > 0 and (runs := planner.find(claim.runs)) is not None:
                 group = make_group(runs, claim.lanes)
                 self._taken_over.add(group.id)
                 return group
@@ -374,17 +383,19 @@ class Sweep:
     ) -> Group | None:
         """Return the first group that nobody has begun and that the time suffices for.
 
-        The runs of those that it does not suffice for are added to ``left_out``.
+        The runs of those that it does not suffice for are added to ``left_out``; without any time
+        left nothing is measured.
         """
-        while True:
-            stages = planner.waiting([*taken, *left_out])
-            runs = stages[0] or stages[1]
-            if not runs:
-                return None
-            group = first_group(runs, lambda alike: self._lanes_for(alike, clock.material))
-            if self._fits(group, clock):
-                return group
-            left_out |= {run.id: run for run in group.runs}
+        for runs in planner.waiting(taken):
+            while runs:
+                group = None
+                if self._time_left() > 0:
+                    group = first_group(runs, lambda alike: self._lanes_for(alike, clock.material))
+                    if (part := self._that_fits(group, clock)) is not None:
+                        return part
+                left_out |= {run.id: run for run in (runs if group is None else group.runs)}
+                runs = [run for run in runs if run.id not in left_out]
+        return None
 
     def _lanes_for(self, runs: Sequence[Run], material: Material) -> int:
         """Return how many runs of a task are trained side by side; measured once, and recorded."""
@@ -410,11 +421,19 @@ class Sweep:
             self.store.write_experiment(experiment)
         return lanes[key]
 
-    def _fits(self, group: Group, clock: Clock) -> bool:
+    def _that_fits(self, group: Group, clock: Clock) -> Group | None:
+        """Return the group, or the first of its runs, so that the time suffices; None: for none."""
+        if self.settings.budget_seconds is None:
+            return group
+        while clock.seconds(group) > self._time_left():
+            if len(group.runs) == 1:
+                return None
+            group = make_group(group.runs[: len(group.runs) // 2], group.lanes)
+        return group
+
+    def _time_left(self) -> float:
         budget = self.settings.budget_seconds
-        if budget is None:
-            return True
-        return time.perf_counter() - self._began + clock.seconds(group) <= budget
+        return math.inf if budget is None else budget - (time.perf_counter() - self._began)
 
     def _collect(self, executor: Executor) -> list[Outcome]:
         try:
@@ -428,16 +447,27 @@ class Sweep:
     def _keep(self, outcome: Outcome, held: Held, clock: Clock, tell: Listener) -> None:
         """Write what a group left."""
         group = outcome.group
-        # One that was killed while it wrote them has left some.
-        results = [r for r in outcome.results if not self.store.is_finished(r.record["id"])]
+        results = [r for r in outcome.results if self._is_news(r)]
         for result in results:
             self.store.write(result)
         held.release(group)
-        if group.id not in self._taken_over:  # of those only the rest was made now
-            tokens = sum(r.record["cost"]["tokens"] for r in results if "cost" in r.record)
-            clock.learn(group, tokens, outcome.seconds)
+        # Of those taken over only the rest was made now.
+        if self.settings.budget_seconds is not None and group.id not in self._taken_over:
+            done = [r.record for r in outcome.results if r.record["state"] == "done"]
+            clock.learn(group, {r["id"]: len(r["history"]) for r in done}, outcome.seconds)
         self.summary.made += len(results)
         tell(GroupFinished(group, results))
+
+    def _is_news(self, result: Result) -> bool:
+        """Whether a run has no record yet, or one that failed where this one did not.
+
+        A process that was killed while it wrote a group's results has left some; one that slept
+        while another took its group over may have failed at what the other then did.
+        """
+        run_id, state = result.record["id"], result.record["state"]
+        if not self.store.is_finished(run_id):
+            return True
+        return bool(state == "done" and self.store.record(run_id)["state"] == "failed")
 
 
 def _place(run: Run) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Lane:
         self.steps_per_epoch = math.ceil(len(train.features.items) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.class_weights = self._class_weights()
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     @property
     def finished(self) -> bool:
@@ -150,7 +150,7 @@ class Lane:
         items = self.train.features.items
         if self._order[0] != epoch:
             order = np.random.default_rng((self.config.seed, epoch)).permutation(len(items))
-            self._order = epoch, order.tolist()
+            self._order = epoch, order
         size = self.config.batch_size
         chosen = self._order[1][place * size : (place + 1) * size]
         return pack([items[i] for i in chosen])

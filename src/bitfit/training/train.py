@@ -153,8 +153,9 @@ class Trainer:
     def run(self) -> Iterator[StepDone | EpochDone | LaneDropped]:
         """Train from where the runs stand, yielding each step and each epoch.
 
-        An epoch is saved once the consumer asks for what comes after it: one that writes down what
-        an epoch gave, and is killed before that is done, sees the epoch again when it resumes. A
+        Epochs that end together are saved once the consumer asks for what comes after them: one
+        that writes down what they gave, and is killed before that is done, sees them again when it
+        resumes. A
         consumer that stops iterating leaves the runs resumable: call :meth:`save` then.
 
         Raises:
@@ -166,7 +167,8 @@ class Trainer:
             if not running:
                 return
             if due := [(slot, lane) for slot, lane in running if lane.epoch_is_due]:
-                yield self._end_epoch(*due[0])
+                for slot, lane in due:
+                    yield self._end_epoch(slot, lane)
                 self.save()
                 continue
             done = self._step(running)

@@ -270,13 +270,7 @@ class Results:
         return len(tried), len(tried | {*self._rates_wanted.get(line.row, ())})
 
     def missing(self) -> int:
-        """Return how many runs that the grid asks for have no record.
-
-        Its ``planned`` where the experiment has it; else the cells of rows, bases, tasks and seeds
-        without any run.
-        """
-        if isinstance(self.experiment.get("planned"), int):
-            return max(0, int(self.experiment["planned"]) - len(self.records))
+        """Return how many cells of rows, bases, tasks, sizes and seeds have no run."""
         sizes = {line.train_rows for line in self.lines} or {None}
         # A learning curve goes as far as the rows of a task do.
         own: dict[str, set[int | None]] = {}

@@ -18,8 +18,9 @@ DASH = "–"
 SHARE = "percent"
 """The key of the column that has the share of the parameters."""
 DAGGER = "†"
-DOUBLE_DAGGER = "‡"
 """Marks a cell whose runs were not all made under the same conditions."""
+DOUBLE_DAGGER = "‡"
+"""Marks a cell whose search over the rates is not finished."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
@@ -32,19 +32,26 @@ def sections(draws: Draws) -> list[Section]:
     comparisons = to_reference(draws, "paper")
     made = (
         Section("setup", "What was run", tuple(_setup(results))),
-        Section("protocols", "Protocols", tuple(f"{way}: {WAYS[way]}." for way in WAYS)),
+        Section("protocols", "Protocols", tuple(_protocols(results))),
         Section("noise", "Which differences are within noise", tuple(_noise(draws, comparisons))),
         Section("order", "The order of the rows", tuple(_orders(results, comparisons))),
     )
     return [section for section in made if section.sentences]
 
 
+def _protocols(results: Results) -> Iterator[str]:
+    yield from (f"{way}: {WAYS[way]}." for way in WAYS)
+    if any(record["config"].get("patience") for record in results.done):
+        yield (
+            "Runs that stop early did so by all of dev: which epochs split chooses from, its "
+            "reporting half had a part in."
+        )
+
+
 def counts_text(results: Results) -> str:
     """Return how many runs are done, failed and missing."""
     found = f"{_runs(len(results.done))} done, {len(results.failed)} failed"
     missing = results.missing()
-    if isinstance(results.experiment.get("planned"), int):
-        return f"{found}, {missing} missing of {results.experiment['planned']}."
     return f"{found}, {missing} missing (row, task and seed without any run)."
 
 

@@ -68,7 +68,7 @@ def write_report(
 ) -> Report:
     """Write the report of an experiment and return what it says.
 
-    The same records give the same bytes: no date, no time, no path of this machine is written.
+    The same records give the same bytes: no date, no time, not where this machine has the data.
     Below ``out``: ``report.md``, ``report.html``, ``report.json``, ``tables/KEY.csv``,
     ``tables/KEY.tex`` and ``figures/KEY.png`` and ``.svg``. Each file is written whole or not at
     all; files of an earlier report that this one has no more are left.
@@ -134,14 +134,26 @@ def _has_matplotlib() -> bool:
 
 def _write_figures(writer: _Writer, drawings: Sequence[Drawing]) -> dict[str, str]:
     """Write each figure as PNG and SVG and return the latter by key."""
-    svgs = {}
+    svgs, names = {}, figure_names(drawings)
     for drawing in drawings:
-        name = file_name(drawing.key)
+        name = names[drawing.key]
         svg = figure_bytes(drawing.figure, "svg")
         writer.write(f"figures/{name}.png", figure_bytes(drawing.figure, "png"))
         writer.write(f"figures/{name}.svg", svg)
         svgs[drawing.key] = svg.decode("utf-8")
     return svgs
+
+
+def figure_names(drawings: Sequence[Drawing]) -> dict[str, str]:
+    """Return the file name of each figure by its key: a number tells those alike apart."""
+    names: dict[str, str] = {}
+    for drawing in drawings:
+        name, number = file_name(drawing.key), 1
+        while name in names.values():
+            number += 1
+            name = f"{file_name(drawing.key)}-{number}"
+        names[drawing.key] = name
+    return names
 
 
 def file_name(key: str) -> str:
@@ -182,10 +194,11 @@ def _as_markdown(
         lines += [f"## {section.title}", ""]
         lines += [f"- {escape_markdown(sentence)}" for sentence in section.sentences]
         lines.append("")
+    names = figure_names(drawings)
     for table in tables:
         lines.append(as_markdown(table, runs=runs))
         for drawing in (d for d in drawings if d.table == table.key):
-            name = file_name(drawing.key)
-            lines += [f"![{escape_markdown(drawing.title)}](figures/{name}.svg)", ""]
+            place = f"figures/{names[drawing.key]}.svg"
+            lines += [f"![{escape_markdown(drawing.title)}]({place})", ""]
             lines += [f"{escape_markdown(drawing.caption)}", ""]
     return "\n".join(lines).rstrip("\n") + "\n"
