@@ -15,7 +15,14 @@ from types import FrameType
 from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -186,7 +193,7 @@ def progress(*more: TextColumn) -> Progress:
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+        MofNCompleteColumn(),  # how many there are may not be known yet
         *more,
         TimeRemainingColumn(),
         console=messages(),

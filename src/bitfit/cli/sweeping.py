@@ -297,9 +297,9 @@ class Watch:
     def __enter__(self) -> Watch:
         if not self.quiet and console.messages().is_terminal:
             self.bar = console.progress()
-            self.bar.start()
             self.runs = self.bar.add_task("runs", total=None)
             self.steps = self.bar.add_task("", total=None)
+            self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
