@@ -1465,6 +1465,11 @@ def test_what_an_experiment_cannot_mean_names_the_option(tmp_path: Path, run: Ru
         (("reproduce", "table3", *here, "--move"), 2, "give --resume too, or --reuse DIR"),
         (("reproduce", "table3", "--data", tmp_path / "no"), 1, "no: no such directory"),
         (("sweep", tmp_path / "no.toml", *here), 1, "no.toml: cannot be read: No such file"),
+        (
+            ("report", tmp_path, "--out", file / "x"),
+            2,
+            f"--out {file / 'x'}: {file} is a file; exp",
+        ),
         (("reproduce", "table3", *here, "--out", file / "x"), 2, f"{file} is a file; expected a "),
         (("reproduce", "table3", *here, "--out", "/proc/x"), 2, "--out /proc/x: the folder /"),
     ):

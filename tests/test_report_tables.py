@@ -244,6 +244,9 @@ def test_a_run_that_is_not_above_the_majority_learned_nothing():
     assert not is_degenerate(run(0.5, {}))  # tasks of numbers have none
     assert not is_degenerate(run(0.5, {"f1": None}))
     assert is_degenerate(run(None, {}))
+    stsb = {"metric": "spearman", "majority": {"spearman": None}}
+    assert is_degenerate({**stsb, "scores": {"spearman": -0.3}})
+    assert not is_degenerate({**stsb, "scores": {"spearman": 0.1}})
 
 
 def test_runs_that_learned_nothing_are_counted_as_degenerate(tmp_path):
@@ -262,7 +265,7 @@ def test_runs_that_learned_nothing_are_counted_as_degenerate(tmp_path):
 def test_cost_has_medians_and_counts(tables):
     row = as_dicts(tables["cost"])[0]
     assert row["train_seconds"] == "10.5"
-    assert row["peak_memory_bytes"] == "400"
+    assert row["peak_memory_mb"] == "400"
     assert (row["encoder"], row["head"], row["lanes"], row["runs"]) == ("9,216", "770", "4", "4")
 
 
@@ -503,6 +506,28 @@ def test_an_order_that_is_turned_for_certain_is_outside_noise(tmp_path):
     said = words_of(sample)
     assert "MRPC, against BitFit: ahead: Full-FT" in said["noise"]
     assert "Full-FT above BitFit (outside noise)" in said["order"]
+
+
+def test_epochs_to_the_best_end_where_it_was_first_reached(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit"], tasks=["mrpc"])
+    scores = [{"f1": score, "accuracy": score} for score in (0.5, 0.8, 0.8, 0.7)]
+    history = [{"epoch": e, "train_loss": 0.1, "dev": s} for e, s in enumerate(scores, 1)]
+    sample.done("BitFit", MRPC, history=history, best_epoch=3, scores=scores[2], predictions=False)
+    (row,) = as_dicts(tables_of(sample)["convergence"])
+    assert row["epochs"] == "2.0"
+
+
+def test_the_share_is_known_without_a_run_of_full_fine_tuning(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit"], tasks=["mrpc"])
+    sample.done("BitFit", MRPC, trainable={"encoder": 1000, "head": 7, "of": 100_000})
+    results = Results(sample)
+    assert results.share(results.lines[0]) == 0.01
+
+
+def test_tasks_without_any_run_are_named(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit"], tasks=["rte", "cola"])
+    sample.done("BitFit", RTE)
+    assert "(row, task and seed without any run): all of CoLA." in words_of(sample)["setup"]
 
 
 def test_figures_of_names_that_look_alike_are_files_of_their_own():

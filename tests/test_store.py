@@ -142,6 +142,31 @@ def test_a_folder_that_fails_at_one_beat_is_no_end_of_them(store, monkeypatch):
     assert manifest.stat().st_mtime > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("experiment.json", "Put back what was there"),
+        ("runs/01.json", "Remove the file: --resume makes the run again"),
+        ("predictions/01.json.gz", "with runs/01.json removed too, --resume makes the run again"),
+        ("references/d.json.gz", "'bitfit report DIR --data DATA' reads it from the data again"),
+    ],
+)
+def test_a_damaged_file_is_named_with_a_way_out(name, way, store):
+    path = store.directory / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b'{"id": "0')
+    read = {
+        "experiment.json": store.experiment,
+        "runs": store.finished,
+        "predictions": lambda: store.kept_predictions("01"),
+        "references": lambda: store.answers({"data": {"dev": "d"}}),
+    }
+    with pytest.raises(BitfitError) as caught:
+        read[name.partition("/")[0]]()
+    assert str(path) in str(caught.value)
+    assert way in str(caught.value)
+
+
 def test_who_waits_for_the_lock_may_be_stopped(store):
     asked = []
 

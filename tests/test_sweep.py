@@ -814,6 +814,25 @@ def test_within_a_budget_the_most_telling_runs_are_made_and_the_order_is_kept(
     ]  # fmt: skip
 
 
+def test_a_dry_run_says_what_cannot_be_made(checkpoint, data, tmp_path):
+    grid = small_grid(checkpoint())
+    wrong = Row(name="wrong", options={"terms": "b_zz"}, learning_rate=(1e-3,))
+    grid = replace(grid, rows=(*grid.rows[:1], wrong), reference=None)
+    plan = dry_run(grid, tmp_path / "out", Settings(data=data, threads=1))
+    errors = {cell["row"]: cell.get("error") for cell in plan["cells"]}
+    assert errors["BitFit"] is None
+    assert "unknown bias term 'b_zz'" in errors["wrong"]
+    assert plan["bytes_while_running"] > 0
+
+
+def test_a_column_that_is_not_there_is_misuse(checkpoint, data, tmp_path):
+    grid = small_grid(checkpoint())
+    (task,) = grid.tasks
+    wrong = replace(task, data={**task.data, "text": "bdy"})
+    with pytest.raises(UsageError, match=r'tickets: .*no column "bdy"'):
+        Sweep(grid.replace(tasks=(wrong,)), tmp_path / "out", Settings(data=data, threads=1))
+
+
 def test_time_that_is_spent_is_not_spent_on_measuring(checkpoint, data, tmp_path, monkeypatch):
     def never(*arguments):
         raise AssertionError("measured")

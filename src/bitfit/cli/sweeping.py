@@ -37,6 +37,7 @@ from bitfit.experiments.sweep import (
     Event,
     GroupFinished,
     GroupStarted,
+    Measuring,
     Moved,
     Planned,
     Settings,
@@ -315,6 +316,8 @@ class Watch:
             )
         elif isinstance(event, Planned):
             self._planned(event)
+        elif isinstance(event, Measuring):
+            self._measuring(event)
         elif isinstance(event, GroupStarted):
             self._started(event)
         elif isinstance(event, StepDone):
@@ -349,6 +352,15 @@ class Watch:
         more = f" and {len(runs) - 1} beside it" if len(runs) > 1 else ""
         if self.bar is not None:
             self.bar.reset(self.steps, description=f"{runs[0]}{more}"[:60])
+        else:
+            self._say(f"training {runs[0]}{more}")
+
+    def _measuring(self, event: Measuring) -> None:
+        what = f"how many runs of {event.run.task.name} train side by side"
+        if self.bar is not None:
+            self.bar.reset(self.steps, description=f"measuring {what}"[:60])
+        else:
+            self._say(f"measuring {what}")
 
     def _finished(self, event: GroupFinished) -> None:
         self.done += len(event.results)
@@ -404,6 +416,8 @@ def _show_plan(plan: Mapping[str, Any]) -> None:
         console.say(f"left out: {reason}")
     for sentence in plan["cut_sizes"]:
         console.say(sentence)
+    for cell in (cell for cell in plan["cells"] if "error" in cell):
+        console.say(f"cannot be made: {cell['row']} on {cell['task']}: {cell['error']}")
     conditions = plan["conditions"]
     shared = f"{plan['shared']} of the experiments before, " if plan["shared"] else ""
     console.say(
@@ -460,6 +474,8 @@ def make_report(
     """Write the report of an experiment, and return its files and what it lacks."""
     if data is not None and not data.is_dir():
         raise DataError(f"--data {data}: no such directory")
+    if out is not None:
+        _check_place(out)
     store = Store(directory)
     left_out = [] if data is None else restore_answers(store, data)
     report = write_report(store, out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,8 @@ def dry_run(
 
     Returns:
         ``cells``: per base, row, task and training size: ``runs`` left, ``seconds``, ``bytes``,
-        ``tokens_per_second``. ``runs``, ``finished``, ``seconds``, ``bytes``: of all;
+        ``tokens_per_second``, and ``error`` where its runs cannot be made. ``runs``,
+        ``finished``, ``seconds``, ``bytes``: of all;
         ``bytes_while_running``: what the state of the largest run takes beside them until it is
         finished; ``shared``: runs that experiments before this one make;
         ``missing_tasks``; ``cut_sizes``: a sentence for each task with fewer rows than a learning
@@ -89,8 +89,10 @@ def dry_run(
             cell["seconds"] += clock.seconds(group)
             cell["bytes"] += _bytes(run, material)
             state = max(state, _state_bytes(run, material))
-            with suppress(BitfitError):  # cannot be made: the sweep will record why
+            try:
                 cell["tokens_per_second"] = clock.speed([run], 1)
+            except BitfitError as error:  # it would be recorded as failed
+                cell["error"] = str(error)
     listed = list(cells.values())
     return {
         "name": grid.name, "title": grid.title, "directory": str(directory), "cells": listed,

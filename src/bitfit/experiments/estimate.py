@@ -47,10 +47,14 @@ class Clock:
         return train * epochs + (train + dev * (epochs + 1)) / _EVALUATION_GAIN
 
     def speed(self, runs: Sequence[Run], lanes: int) -> float:
-        """Return the tokens per second of a kind of runs, measured once."""
-        kind = _kind(runs[0], lanes)
+        """Return the tokens per second of a kind of runs, measured once.
+
+        Raises:
+            BitfitError: the first of them cannot be made.
+        """
+        kind, lane = _kind(runs[0], lanes), self.material.lane(runs[0])
         if kind not in self.speeds:
-            side_by_side = [self.material.lane(runs[0])] * lanes
+            side_by_side = [lane] * lanes
             self.speeds[kind] = training_speed(self.material.encoder, side_by_side)
         return self.speeds[kind]
 

@@ -15,7 +15,7 @@ from bitfit.base import TRAINED_ON
 from bitfit.bench.memory import give_back, is_known, read_peak, start_peak
 from bitfit.bench.timing import describe_versions
 from bitfit.comparison import bias_change
-from bitfit.doctor import cpu_name
+from bitfit.doctor import count_parameters, cpu_name
 from bitfit.errors import (
     BitfitError,
     CheckpointRefused,
@@ -238,6 +238,7 @@ class _Work:
             "change": bias_change(file) if run.config.method == "bitfit" else None,
             "trainable": {
                 "encoder": trainer.method.encoder_count(lane.layout), "head": lane.head.size,
+                "of": count_parameters(trainer.encoder, lane.head.pooling),
             },
             "cost": self._cost(lane, began, data),
         }  # fmt: skip

@@ -132,18 +132,30 @@ class Grid:
         """Return how one run trains.
 
         Raises:
-            UsageError: an option that does not exist or cannot be meant, with its row.
+            UsageError: an option that does not exist or cannot be meant, with where it stands.
         """
         options = self.options_of(row, task)
         if unknown := sorted(set(options) - _ROW_OPTIONS):
-            raise UsageError(f"row {row.name!r}: unknown option {_near(unknown[0], _ROW_OPTIONS)}")
+            place = self._place(unknown[0], row, task)
+            raise UsageError(f"{place}: unknown option {_near(unknown[0], _ROW_OPTIONS)}")
         try:
             # The file, the score on train and the figures are of the epoch that counts.
             return resolve_config(
                 self.recipe, learning_rate=rate, seed=seed, keep="best", **options
             )
         except (UsageError, TypeError) as error:  # a list where a name is looked up
-            raise UsageError(f"row {row.name!r}: {error}") from error
+            place = self._place(getattr(error, "field", None), row, task)
+            raise UsageError(f"{place}: {error}") from error
+
+    def _place(self, option: str | None, row: Row, task: GridTask) -> str:
+        """Return where a run has an option from, as whoever wrote the grid knows it."""
+        if option in row.options or option is None:
+            return f"row {row.name!r}"
+        if option in task.options:
+            return f"task {task.name!r}"
+        if option in self.options:
+            return "options"
+        return "the grid" if option == "epochs" else f"row {row.name!r}"
 
     def options_of(self, row: Row, task: GridTask) -> dict[str, Any]:
         """Return what is set for a run: by the grid, over it the task's, over these the row's."""

@@ -108,8 +108,10 @@ class Sources:
 
         Raises:
             DataError: the data of a task is not there, unless ``skip_missing``, or of all tasks.
+            UsageError: the same for a column, say, that the data does not have.
         """
         missing, tasks = [], []
+        kind: type[BitfitError] = DataError
         for task in grid.tasks:
             try:
                 for size in self.sizes(grid, task):
@@ -117,8 +119,9 @@ class Sources:
                 tasks.append(task)
             except BitfitError as error:
                 missing.append(f"{task.name}: {error}")
+                kind = UsageError if isinstance(error, UsageError) else kind
         if missing and (not skip_missing or not tasks):
-            raise DataError("; ".join(missing))
+            raise kind("; ".join(missing))
         return grid.replace(tasks=tuple(tasks)), missing
 
 

@@ -426,9 +426,28 @@ def _is_running(pid: int) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except FileNotFoundError as error:
         raise BitfitError(f"{path}: cannot be read as JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise BitfitError(f"{path}: cannot be read as JSON: {error}. {_way_out(path)}") from error
     return _an_object(found, path)
+
+
+def _way_out(path: Path) -> str:
+    """Return what to do about a file of an experiment that is damaged."""
+    if path.parent.name == "runs":
+        return "Remove the file: --resume makes the run again, and a report does without it"
+    if path.parent.name == "predictions":
+        record = f"runs/{path.name.partition('.')[0]}.json"
+        return (
+            f"Remove the file, and a report does without it; with {record} removed too, --resume "
+            "makes the run again"
+        )
+    if path.parent.name == "references":
+        return "Remove the file: 'bitfit report DIR --data DATA' reads it from the data again"
+    if path.parent.name == "work":
+        return "Remove the file: --resume begins its runs again"
+    return "Put back what was there: a copy, or that of another machine"
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -500,7 +519,7 @@ def _read_packed(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise BitfitError(f"{path}: cannot be read: {error}") from error
+        raise BitfitError(f"{path}: cannot be read: {error}. {_way_out(path)}") from error
     return _an_object(found, path)
 
 

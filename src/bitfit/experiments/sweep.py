@@ -69,6 +69,14 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """How many runs of a task are trained side by side is about to be measured."""
+
+    run: Run
+    """One of them."""
+
+
+@dataclass(frozen=True)
 class GroupStarted:
     """A group is about to be trained, or is sent to a cluster."""
 
@@ -92,7 +100,14 @@ class Waiting:
 
 
 Event: TypeAlias = (
-    Moved | Planned | GroupStarted | GroupFinished | Waiting | WorkerLost | TrainingEvent
+    Moved
+    | Planned
+    | Measuring
+    | GroupStarted
+    | GroupFinished
+    | Waiting
+    | WorkerLost
+    | TrainingEvent
 )
 Listener: TypeAlias = Callable[[Event], None]
 
@@ -279,7 +294,7 @@ class Sweep:
             while True:
                 others: list[Claim] = []
                 if executor.room:
-                    group, others = self._claim(planner, clock, left_out, held, should_stop)
+                    group, others = self._claim(planner, clock, left_out, held, tell, should_stop)
                     if group is not None:
                         tell(GroupStarted(group))
                         executor.submit(group)
@@ -339,6 +354,7 @@ class Sweep:
         clock: Clock,
         left_out: dict[str, Run],
         held: Held,
+        tell: Listener,
         should_stop: Callable[[], bool] | None,
     ) -> tuple[Group | None, list[Claim]]:
         """Return a group that is now ours; without one, the groups that others work on.
@@ -354,7 +370,8 @@ class Sweep:
             group = self._take_over(planner, [c for c in claims if c not in alive])
             if group is None:
                 taken = [run_id for claim in alive for run_id in claim.runs]
-                group = self._take_new(planner, clock, [*taken, *left_out], left_out)
+                taken += left_out
+                group = self._take_new(planner, clock, taken, left_out, tell, should_stop)
             if group is not None:
                 self.store.claim(group.id, [run.id for run in group.runs], group.lanes)
                 held.add(group)
@@ -379,25 +396,40 @@ class Sweep:
         return None
 
     def _take_new(
-        self, planner: Planner, clock: Clock, taken: Sequence[str], left_out: dict[str, Run]
+        self,
+        planner: Planner,
+        clock: Clock,
+        taken: Sequence[str],
+        left_out: dict[str, Run],
+        tell: Listener,
+        should_stop: Callable[[], bool] | None,
     ) -> Group | None:
         """Return the first group that nobody has begun and that the time suffices for.
 
         The runs of those that it does not suffice for are added to ``left_out``; without any time
         left nothing is measured.
+
+        Raises:
+            TrainingInterrupted: ``should_stop`` said so, between two measurements.
         """
         for runs in planner.waiting(taken):
             while runs:
                 group = None
                 if self._time_left() > 0:
-                    group = first_group(runs, lambda alike: self._lanes_for(alike, clock.material))
+                    group = first_group(
+                        runs, lambda alike: self._lanes_for(alike, clock.material, tell)
+                    )
                     if (part := self._that_fits(group, clock)) is not None:
                         return part
                 left_out |= {run.id: run for run in (runs if group is None else group.runs)}
                 runs = [run for run in runs if run.id not in left_out]
+                if should_stop is not None and should_stop():
+                    raise TrainingInterrupted(
+                        f"stopped; the same command with --resume goes on in {self.store.directory}"
+                    )
         return None
 
-    def _lanes_for(self, runs: Sequence[Run], material: Material) -> int:
+    def _lanes_for(self, runs: Sequence[Run], material: Material, tell: Listener) -> int:
         """Return how many runs of a task are trained side by side; measured once, and recorded."""
         if not material.encoder.shares_passes:
             return 1  # whatever was asked for: this base does not run packed
@@ -415,6 +447,7 @@ class Sweep:
                     last = run
             if not tried:
                 return 1
+            tell(Measuring(last))
             # Fewer are waiting than could be: measure with copies of the last.
             tried += [material.lane(last) for _ in range(most - len(tried))]
             lanes[key] = choose_lane_count(material.encoder, tried, most)

@@ -22,6 +22,7 @@ from bitfit.experiments.report.table import (
     text,
 )
 
+_CORRELATIONS = ("spearman", "pearson")
 _NAMES = (Column("row", "row", False), Column("task", "task", False))
 
 
@@ -68,7 +69,7 @@ def convergence_table(results: Results) -> Table | None:
     rows = []
     for line, task, found, runs in _rates(results):
         metric = results.metric(task)
-        epochs = [float(run["best_epoch"]) for run in runs]
+        epochs = [float(_epochs_to_best(run, metric)) for run in runs]
         ids = tuple(run["id"] for run in runs)
         first = [to_float(run["history"][0]["dev"].get(metric)) for run in runs]
         rows.append((
@@ -81,10 +82,17 @@ def convergence_table(results: Results) -> Table | None:
                Column("run", "epochs run"), Column("first", "dev after epoch 1"),
                Column("best", "dev at the best"), Column("seeds", "seeds"))  # fmt: skip
     notes = (
-        "The best epoch is the one with the best dev score, of equals the later: mean ± standard "
-        "deviation over the seeds. Where it is the last that was run, more epochs may help.",
+        "epochs to the best: the first epoch with the best dev score (the one that is kept is, of "
+        "equals, the last), mean ± standard deviation over the seeds. Where it is the last that "
+        "was run, more epochs may help.",
     )
     return _table("convergence", "Convergence: epochs to the best dev score", columns, rows, notes)
+
+
+def _epochs_to_best(run: Mapping[str, Any], metric: str) -> int:
+    """Return the first epoch, from 1, with the best score of any."""
+    scores = [to_float(epoch["dev"].get(metric)) for epoch in run["history"]]
+    return 1 + scores.index(scores[run["best_epoch"] - 1])
 
 
 def stability_table(results: Results) -> Table | None:
@@ -105,7 +113,8 @@ def stability_table(results: Results) -> Table | None:
                Column("degenerate", "degenerate"), Column("failed", "failed"))  # fmt: skip
     notes = (
         "Dev score of the best epoch. degenerate: at or below what always saying the most frequent "
-        "answer gives (for binary F1: always the class that it counts), or not defined. failed: "
+        "answer gives (for binary F1: always the class that it counts; for a correlation: 0), or "
+        "not defined. failed: "
         "ended with an error, such as a loss that is no number; counted beside, not in the scores.",
     )
     return _table("stability", "Stability over the seeds", columns, rows, notes)
@@ -116,6 +125,8 @@ def is_degenerate(record: Mapping[str, Any]) -> bool:
     metric = record["metric"]
     found = to_float(record["scores"].get(metric))
     usual = to_float((record.get("majority") or {}).get(metric))
+    if metric in _CORRELATIONS and math.isnan(usual):
+        usual = 0.0  # that of one answer for all is not defined; what says nothing has none
     return math.isnan(found) or (math.isfinite(usual) and found <= usual)
 
 
@@ -138,12 +149,13 @@ def cost_table(results: Results) -> Table | None:
                 rows.append((*names, *where, *_cost(runs)))
     heads = (*_NAMES, Column("machine", "on", False)) if several else _NAMES
     columns = (*heads, Column("train_seconds", "seconds of training"),
-               Column("tokens_per_second", "tokens/s"), Column("peak_memory_bytes", "peak MB"),
+               Column("tokens_per_second", "tokens/s"), Column("peak_memory_mb", "peak MB"),
                Column("task_bytes", "bytes per task"), Column("encoder", "trained, encoder"),
                Column("head", "trained, head"), Column("lanes", "lanes"),
                Column("runs", "runs"))  # fmt: skip
     notes = (
-        "Medians over the runs of a cell at every rate. MB: a million bytes. lanes: how many runs "
+        "Medians over the runs of a cell at every rate. peak: memory beyond what the process held "
+        "before, as the base; MB: a million bytes. lanes: how many runs "
         "trained side by side and shared the machine while these were timed; times compare only "
         "between equal numbers and on one machine.",
     )
@@ -164,7 +176,7 @@ def _cost(runs: Sequence[Mapping[str, Any]]) -> tuple[Cell, ...]:
         values = [(r.get(part) or {}).get(key) for r in runs]
         known = [float(v) for v in values if v is not None]
         cell = number(median(known) / scale if known else None, form)
-        return Cell(cell.text, median(known) if known else None)
+        return Cell(cell.text, median(known) / scale if known else None)
 
     seconds = middle("cost", "train_seconds", ",.1f")
     lanes = sorted({(r["cost"].get("lanes") or 1) for r in runs})

@@ -220,14 +220,14 @@ class Results:
     def share(self, line: Line) -> float | None:
         """Return the share of the encoder's parameters that the runs of a line train, their mean.
 
-        None where it is not known: no run of full fine-tuning says how many the base has.
+        None where it is not known: runs of earlier versions do not say how many the base has, but
+        for those of full fine-tuning.
         """
-        counts = [
-            (r["base"], r["config"]["method"], self.line_of(r), r["trainable"]["encoder"])
-            for r in self.done if r.get("trainable")
-        ]  # fmt: skip
-        whole = [n for base, method, _, n in counts if (base, method) == (line.base, "full")]
-        own = [n for _, _, found, n in counts if found == line]
+        known = [r for r in self.done if r.get("trainable") and r["base"] == line.base]
+        whole = [r["trainable"]["of"] for r in known if "of" in r["trainable"]] or [
+            r["trainable"]["encoder"] for r in known if r["config"]["method"] == "full"
+        ]
+        own = [r["trainable"]["encoder"] for r in known if self.line_of(r) == line]
         return sum(own) / len(own) / whole[0] if own and whole else None
 
     def runs(self, line: Line, task: str) -> list[dict[str, Any]]:

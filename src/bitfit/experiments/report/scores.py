@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from bitfit.experiments.report.differences import WAYS
@@ -211,7 +211,7 @@ def rate_table(results: Results) -> Table | None:
     ]
     base = ""
     if any(cell.printed is not None for row in rows for cell in row):
-        bases = (printed_rates(line.row, line.base)[0] for line in lines)
+        bases = (_printed_rates(results, line)[0] for line in lines)
         base = ", ".join(dict.fromkeys(found for found in bases if found))
         notes.append(
             f"In brackets (on the page marked 'paper'): the paper's Table 6, {base} "
@@ -221,6 +221,14 @@ def rate_table(results: Results) -> Table | None:
     return Table(
         "rates", "Best learning rates", heads, rows, tuple(notes), is_wide=True, printed_base=base
     )
+
+
+def _printed_rates(results: Results, line: Line) -> tuple[str, Mapping[str, float]]:
+    """Return the printed rates of the base whose printed scores stand beside a line's."""
+    if not results.paper:
+        return "", {}
+    beside = printed_row(results.paper, line.row, line.base)
+    return printed_rates(line.row, beside.base if beside else line.base)
 
 
 def _rate_cell(results: Results, line: Line, task: str) -> Cell:
@@ -233,6 +241,6 @@ def _rate_cell(results: Results, line: Line, task: str) -> Cell:
         rate(found).text + (f" / {tried}" if tried > 1 else ""),
         {"rate": found, "tried": tried},
         tuple(c.record["id"] for c in choices),
-        printed_rates(line.row, line.base)[1].get(task) if results.paper else None,
+        _printed_rates(results, line)[1].get(task),
         rate_text,
     )

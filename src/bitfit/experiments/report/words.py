@@ -52,6 +52,10 @@ def counts_text(results: Results) -> str:
     """Return how many runs are done, failed and missing."""
     found = f"{_runs(len(results.done))} done, {len(results.failed)} failed"
     missing = results.missing()
+    made = {record["task"]["name"] for record in results.records}
+    if none := [name for name in results.experiment.get("tasks", ()) if name not in made]:
+        names = ", ".join(task_title(name) for name in none)
+        return f"{found}, {missing} missing (row, task and seed without any run): all of {names}."
     return f"{found}, {missing} missing (row, task and seed without any run)."
 
 
