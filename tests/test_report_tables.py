@@ -589,6 +589,24 @@ def test_a_search_that_is_not_finished_is_marked_and_said(tmp_path):
     assert [row[1].mark for row in tables_of(sample)["best"].rows] == ["", ""]
 
 
+def test_a_mismatched_half_is_scored_at_the_epoch_that_each_protocol_chose(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit"], tasks=["mnli", "rte"])
+    sample.done("BitFit", MNLI)
+    sample.done("BitFit", RTE)
+    (path,) = (p for p in (tmp_path / "runs").iterdir() if '"mnli"' in p.read_text())
+    record = json.loads(path.read_text())
+    for epoch in record["history"]:
+        epoch["more"] = {"dev_mismatched": {"accuracy": epoch["epoch"] / 10}}
+    path.write_text(json.dumps(record))
+    results = Results(sample)
+    mm = next(column for column in results.columns if column.split != "dev")
+    for way in ("paper", "split"):
+        (choice,) = results.choices(way, results.lines[0], "mnli")
+        assert results.summary(way, results.lines[0], mm).mean == choice.epoch / 10
+    (row,) = as_dicts(tables_of(sample)["mean-split"])
+    assert row["mnli-mm"] not in (None, "–")
+
+
 def test_undefined_scores_are_counted_where_a_mean_stands_alone():
     assert Summary((0.8, 0.84, math.nan)).mean_alone() == "82.0 (1 of 3 undefined)"
     assert Summary((0.8, 0.84)).mean_alone() == "82.0"

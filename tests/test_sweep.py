@@ -113,6 +113,36 @@ def test_answers_in_texts_are_kept_without_the_texts_and_found_again_in_the_data
     assert Store(out).predictions(record) == store.predictions(record)
 
 
+def test_a_mismatched_half_of_dev_is_predicted_and_scored_at_every_epoch(checkpoint, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    (data / "MNLI").mkdir(parents=True)
+    for name, rows in (("train", 12), ("dev_matched", 5), ("dev_mismatched", 7)):
+        lines = ["sentence1\tsentence2\tgold_label"]
+        labels = ("entailment", "neutral", "contradiction")
+        lines += [f"a film {i}\tit was good {i}\t{labels[i % 3]}" for i in range(rows)]
+        (data / "MNLI" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    grid = small_grid(checkpoint(), seeds=(0,)).only(rows=["BitFit"], tasks=["mnli"])
+    events = []
+    Sweep(grid, out, Settings(data=data, lanes=3, threads=1)).run(events.append)
+    store = Store(out)
+    records = store.records()
+    assert len(records) == 3
+    for record in records:
+        assert record["state"] == "done", record["error"]
+        predicted = store.predictions(record)
+        assert [len(epoch) for epoch in predicted["dev"]] == [5, 5]
+        assert [len(epoch) for epoch in predicted["dev_mismatched"]] == [7, 7]
+        right = store.more_answers(record)["dev_mismatched"]
+        for epoch, answers in zip(record["history"], predicted["dev_mismatched"], strict=True):
+            found = compute_metrics(task_of(record), answers, right)
+            assert epoch["more"]["dev_mismatched"] == found
+        best = record["history"][record["best_epoch"] - 1]
+        assert record["more"] == best["more"]
+    other = Store(tmp_path / "other")
+    Sweep(grid, other.directory, Settings(data=data, lanes=3, threads=1, reuse=[out])).run()
+    assert other.more_answers(records[0]) == store.more_answers(records[0])
+
+
 def test_rates_are_searched_with_the_first_seed_and_repeated_with_the_others(finished):
     out, summary = finished
     records = Store(out).records()

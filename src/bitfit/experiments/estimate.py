@@ -42,7 +42,8 @@ class Clock:
         if key not in self._tokens:
             splits = self.material.splits(run)
             self._tokens[key] = {k: sum(map(len, v.features.items)) for k, v in splits.items()}
-        train, dev = (self._tokens[key][name] for name in ("train", "dev"))
+        train = self._tokens[key]["train"]
+        dev = sum(self._tokens[key].values()) - train
         # Every epoch ends with dev; the kept one is scored on both once more.
         return train * epochs + (train + dev * (epochs + 1)) / _EVALUATION_GAIN
 

@@ -195,9 +195,11 @@ class _Work:
         """Write down what an epoch predicts, before the checkpoint that says it is done."""
         lane = event.lane
         assert lane.dev is not None
-        predicted = _predictions(lane, lane.dev, event.logits)
-        run_id = self.run_of[id(lane)]
-        self.store.write_epoch(self.group.id, run_id, event.epoch, {"dev": predicted})
+        predicted = {"dev": _predictions(lane, lane.dev, event.logits)} | {
+            name: _predictions(lane, lane.more[name], logits)
+            for name, logits in event.more_logits.items()
+        }
+        self.store.write_epoch(self.group.id, self.run_of[id(lane)], event.epoch, predicted)
 
     def _result(self, run_id: str, lane: Lane) -> Result:
         """Return what a lane leaves: of one that fails now, by a NaN say, that it failed."""
@@ -246,10 +248,14 @@ class _Work:
             self.store.read_epoch(self.group.id, run.id, epoch["epoch"])
             for epoch in lane.progress.history
         ]
-        predictions = {"dev": [e["dev"] for e in kept if e]} if all(kept) else None
+        names = ("dev", *lane.more)
+        predictions = (
+            {name: [e.get(name) for e in kept if e] for name in names} if all(kept) else None
+        )
         return Result(
             record=jsonable(record), predictions=predictions,
             answers=jsonable(references(dev.examples)), contexts=contexts(dev.examples),
+            more_answers={k: jsonable(references(v.examples)) for k, v in lane.more.items()},
             task_file=data,
         )  # fmt: skip
 

@@ -167,6 +167,7 @@ class Material:
         return Lane(
             encoder=self.encoder, task=task, config=run.config, train=splits["train"],
             dev=splits["dev"], label=str(run),
+            more={name: split for name, split in splits.items() if name not in ("train", "dev")},
         )  # fmt: skip
 
     def facts(self, task: GridTask, train_rows: int | None, seed: int) -> dict[str, Any]:

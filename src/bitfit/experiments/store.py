@@ -65,6 +65,8 @@ class Result:
     """What is right on dev."""
     contexts: Sequence[str] | None = None
     """The texts that answers stand in; None for other kinds of tasks."""
+    more_answers: Mapping[str, Sequence[Any]] | None = None
+    """What is right on further dev rows, by the name of their split."""
     task_file: bytes | None = None
 
 
@@ -198,7 +200,7 @@ class Store:
         record = result.record
         run_id = record["id"]
         if result.answers is not None:
-            self.write_answers(record, result.answers, result.contexts)
+            self.write_answers(record, result.answers, result.contexts, result.more_answers)
         if result.predictions is not None:
             _write_packed(self._packed("predictions", run_id), result.predictions)
         if result.task_file is not None:
@@ -210,13 +212,16 @@ class Store:
     def write_answers(
         self, record: Mapping[str, Any], answers: Sequence[Any],
         contexts: Sequence[str] | None = None,
+        more: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:  # fmt: skip
         """Keep what is right on a run's dev rows, once for all runs that have them."""
         path = self._answers_path(record)
-        # Earlier versions kept no contexts.
-        if not path.is_file() or (contexts is not None and self.contexts(record) is None):
-            texts = {} if contexts is None else {"contexts": list(contexts)}
-            _write_packed(path, {"answers": list(answers), **texts})
+        found = {"answers": list(answers)}
+        found |= {} if contexts is None else {"contexts": list(contexts)}
+        found |= {name: list(right) for name, right in (more or {}).items()}
+        # Earlier versions kept the answers alone.
+        if not path.is_file() or found.keys() - (self._reference(record) or {}).keys():
+            _write_packed(path, found)
         self._references.pop(path, None)
 
     def forget(self, run_id: str) -> None:
@@ -248,6 +253,11 @@ class Store:
         """Return what is right on the dev rows of a run; None where it is not kept here."""
         found = self._reference(record)
         return None if found is None else found["answers"]
+
+    def more_answers(self, record: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Return what is right on a run's further dev rows, by the name of their split."""
+        found = self._reference(record) or {}
+        return {name: right for name, right in found.items() if name.startswith("dev_")}
 
     def contexts(self, record: Mapping[str, Any]) -> list[str] | None:
         """Return the texts that the answers of a run's dev rows stand in; None as for answers."""
@@ -289,6 +299,7 @@ class Store:
             self.write(Result(
                 record=record, predictions=other.kept_predictions(run_id),
                 answers=other.answers(record), contexts=other.contexts(record),
+                more_answers=other.more_answers(record),
                 task_file=task_file.read_bytes() if task_file.is_file() else None,
             ))  # fmt: skip
             return run_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -76,6 +76,8 @@ class Lane:
         train: training rows.
         dev: rows to choose the epoch on; None: the last epoch is kept.
         label: what tells it from its neighbours, for messages.
+        more: further dev rows by the name of their split, which every epoch is scored on and none
+            is chosen by: MNLI's ``dev_mismatched``.
 
     Raises:
         NoBiases: bias tuning of a base without biases.
@@ -93,9 +95,10 @@ class Lane:
         train: Split,
         dev: Split | None = None,
         label: str = "",
+        more: Mapping[str, Split] | None = None,
     ) -> None:
         self.task, self.config, self.train, self.dev = task, config, train, dev
-        self.label, self.device = label, encoder.device
+        self.label, self.device, self.more = label, encoder.device, dict(more or {})
         self.head = make_head(task, encoder, config.pooling)
         if config.attention_dropout is not None and not encoder.packed:
             raise UsageError(
@@ -184,8 +187,13 @@ class Lane:
         self.progress.sequences += len(batch.lengths)
         self.progress.tokens += len(batch.input_ids)
 
-    def epoch_ended(self, scores: dict[str, float], numbers: list[Tensor]) -> bool:
-        """Record an epoch with its dev scores; return whether it is the best so far."""
+    def epoch_ended(
+        self,
+        scores: dict[str, float],
+        numbers: list[Tensor],
+        more: Mapping[str, dict[str, float]] | None = None,
+    ) -> bool:
+        """Record an epoch with its scores on dev, and on more; return whether it is the best."""
         progress, epoch = self.progress, self.progress.step // self.steps_per_epoch
         score = scores.get(self.task.metric, math.nan)
         # An undefined score (a constant prediction has no correlation) is worse than any other.
@@ -197,7 +205,8 @@ class Lane:
             self.best = numbers
         patience, waited = self.config.patience, epoch - progress.best_epoch
         progress.stopped = self.dev is not None and 0 < patience <= waited
-        progress.history.append({"epoch": epoch, "train_loss": self.epoch_loss, "dev": scores})
+        entry: dict[str, Any] = {"epoch": epoch, "train_loss": self.epoch_loss, "dev": scores}
+        progress.history.append(entry | ({"more": dict(more)} if more else {}))
         if self.finished and self.kept_epoch == epoch:
             self.best = numbers
         return is_best

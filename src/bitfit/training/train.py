@@ -82,6 +82,10 @@ class EpochDone:
     """Whether early stopping ends the run here."""
     logits: Sequence[Logits] = field(repr=False, compare=False)
     """Of dev, one entry per feature of ``lane.dev``; empty without a dev set."""
+    more_logits: Mapping[str, Sequence[Logits]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """The same of each split of ``lane.more``; their scores are in the lane's history."""
 
 
 @dataclass(frozen=True)
@@ -317,12 +321,15 @@ class Trainer:
         if not math.isfinite(train_loss):
             return self._drop(slot, lane, train_loss)
         scores, logits = ({}, []) if lane.dev is None else self.evaluate(lane, lane.dev, slot)
-        is_best = lane.epoch_ended(scores, self.method.read(slot))
+        more = {name: self.evaluate(lane, split, slot) for name, split in lane.more.items()}
+        is_best = lane.epoch_ended(
+            scores, self.method.read(slot), {name: found for name, (found, _) in more.items()}
+        )
         if lane.finished:
             self._free(slot)
         return EpochDone(
             lane, len(lane.progress.history), lane.progress.step, train_loss, scores, is_best,
-            lane.progress.stopped, logits,
+            lane.progress.stopped, logits, {name: found for name, (_, found) in more.items()},
         )  # fmt: skip
 
     def evaluate(

@@ -122,7 +122,8 @@ class Results:
         for task in self.tasks:
             metric = self.metric(task)
             columns.append(TaskColumn(task, task, task_title(task), metric))
-            if any(self._mismatched(r) for r in self.done if r["task"]["name"] == task):
+            own = (r for r in self.done if r["task"]["name"] == task)
+            if any(self._mismatched(r, r["best_epoch"]) for r in own):
                 key = f"{task}-mm"
                 columns.append(TaskColumn(key, task, task_title(key), metric, MISMATCHED))
         return tuple(columns)
@@ -198,7 +199,7 @@ class Results:
         if column.split == "dev":
             scores = tuple(c.score for c in choices)
             return Summary(scores, tuple(c.record["id"] for c in choices))
-        found = [(c.record["id"], self._mismatched(c.record)) for c in choices if way == "paper"]
+        found = [(c.record["id"], self._mismatched(c.record, c.epoch)) for c in choices]
         found = [(run, scores) for run, scores in found if scores]
         return Summary(
             tuple(to_float(scores.get(column.metric)) for _, scores in found),
@@ -287,8 +288,12 @@ class Results:
         return len(wanted - have)
 
     @staticmethod
-    def _mismatched(record: Record) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = (record.get("more") or {}).get(MISMATCHED) or {}
+    def _mismatched(record: Record, epoch: int) -> Mapping[str, Any]:
+        """Return the scores of an epoch; earlier versions have them of the best one only."""
+        more = record["history"][epoch - 1].get("more")
+        if more is None and epoch == record["best_epoch"]:
+            more = record.get("more")
+        found: Mapping[str, Any] = (more or {}).get(MISMATCHED) or {}
         return found
 
 

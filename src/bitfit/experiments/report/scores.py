@@ -99,7 +99,7 @@ def mean_table(results: Results, way: str) -> Table | None:
         f"Mean ± standard deviation over the seeds. Protocol {way}: {WAYS[way]}.",
     ]
     if way == "split" and any(c.split != "dev" for c in results.columns):
-        notes.append("MNLI's mismatched half is scored for the protocol paper only.")
+        notes.append("MNLI's mismatched half chooses nothing: all of it reports.")
     return _wide(results, f"mean-{way}", f"Mean over the seeds, protocol {way}", way, cell, notes)
 
 
@@ -146,10 +146,10 @@ def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[C
     ]
     cells = [text(results.label(line)), *(cell for cell, _ in made)]
     if len(results.columns) > 1:
-        # MNLI's mismatched half has no scores under the protocol split: no average would be left.
+        # Runs of earlier versions lack MNLI's mismatched half under split, and would leave none.
         average = mean_column([
-            value for column, (_, value) in zip(results.columns, made, strict=True)
-            if way == "paper" or column.split == "dev"
+            value for column, (cell, value) in zip(results.columns, made, strict=True)
+            if way == "paper" or column.split == "dev" or cell.text != DASH
         ])  # fmt: skip
         value = none_if_nan(average)
         runs = () if value is None else (run for cell, _ in made for run in cell.runs)
