@@ -252,6 +252,68 @@ def test_the_counts_of_degenerate_runs_are_those_of_the_report():
     assert counts in plain(REPRODUCE.read_text("utf-8"))
 
 
+def rows_of(name, title):
+    """The rows of a table of a report, each a mapping from its heads."""
+    report = (ROOT / "docs" / "results" / name / "report.md").read_text("utf-8")
+    part = report.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    lines = [plain(line) for line in part.splitlines() if line.startswith("|")]
+    heads, _, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def ends(values):
+    """The least and the largest of some cells, which may have a spread behind a mean."""
+    found = sorted(values, key=lambda cell: float(cell.split(" ")[0]))
+    return tuple(cell.split(" ")[0].lstrip("+") for cell in (found[0], found[-1]))
+
+
+def test_what_is_said_of_gap_convergence_and_spreads_is_what_the_report_says():
+    said = plain(REPRODUCE.read_text("utf-8"))
+    gap = {(r["row"], r["task"]): r["gap"] for r in rows_of("table3", "Generalization gap")}
+    tasks = ("RTE", "MRPC", "STS-B", "SST-2")
+    assert all(
+        float(gap["BitFit", task].split()[0]) < float(gap["Full-FT", task].split()[0])
+        for task in tasks
+    )
+    named = []
+    for row in ("BitFit", "Full-FT"):
+        least, most = ends([gap[row, task] for task in tasks])
+        of = {gap[row, task].split()[0].lstrip("+"): task for task in tasks}
+        named += [(least, of[least]), (most, of[most])]
+    (a, b), (c, d), (e, f), (g, h) = named
+    assert (
+        f"{a} ({b}) to {c} points ({d}) with the biases, {e} ({f}) to {g} ({h}) with everything"
+    ) in said
+    best = {r["row"]: r for r in rows_of("table3", "Best learning rates")}
+    rates = {
+        (row, task): best[row][task].split(" ")[0]
+        for row in ("BitFit", "Full-FT")
+        for task in tasks
+    }
+    course = {
+        (r["row"], r["task"], r["rate"]): r["epochs to the best"]
+        for r in rows_of("table3", "Convergence: epochs to the best dev score")
+    }
+    spread = {
+        (r["row"], r["task"], r["rate"]): r["sd"]
+        for r in rows_of("table3", "Stability over the seeds")
+    }
+    low, high = {}, {}
+    for row in ("BitFit", "Full-FT"):
+        keys = [(row, task, rates[row, task]) for task in tasks]
+        low[row] = ends([course[key] for key in keys])
+        high[row] = ends([spread[key] for key in keys])
+    assert (
+        "BitFit has its best epoch after {} to {} of five, full fine-tuning after {} to {}."
+    ).format(*low["BitFit"], *low["Full-FT"]) in said
+    assert (
+        "Spreads over seeds at the best rates are {} to {} of BitFit and {} to {} of full "
+        "fine-tuning"
+    ).format(*high["BitFit"], *high["Full-FT"]) in said
+    last = [task for task in tasks if course["BitFit", task, "1e-4"].split(" ")[0] == "5.0"]
+    assert f"BitFit is best in the last epoch on {', '.join(last[:-1])} and {last[-1]}" in said
+
+
 def differences(name):
     """(row, task) -> difference, interval and word of a report's first table of differences."""
     report = (ROOT / "docs" / "results" / name / "report.md").read_text("utf-8")

@@ -111,3 +111,17 @@ def test_a_bar_may_not_know_its_end(monkeypatch):
         bar.update(row, completed=3)
         bar.refresh()
     assert "3/?" in terminal.close()
+
+
+def test_a_report_says_what_it_is_at(on_terminal, checkpoint, data, tmp_path):
+    (tmp_path / "g.toml").write_text(GRID.replace("[0, 1, 2]", "[0]"))
+    out = tmp_path / "out"
+    code, seen = on_terminal(
+        "sweep", tmp_path / "g.toml", "--base", checkpoint(), "--data", data, "--rows", "Frozen",
+        "--out", out, "--quiet",
+    )  # fmt: skip
+    assert code == 0, seen
+    assert "\x1b[?25l" not in seen
+    code, seen = on_terminal("report", out)
+    assert code == 0, seen
+    assert "drawing the figures" in seen

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -209,6 +209,19 @@ def bar(quiet: bool, *more: TextColumn) -> Iterator[Progress | None]:
         return
     with progress(*more) as shown:
         yield shown
+
+
+@contextmanager
+def working(quiet: bool, what: str) -> Iterator[Callable[[str], object]]:
+    """Show on a terminal what is being done, where nobody knows how long it takes.
+
+    Returns a context of the function that says what is done next.
+    """
+    if quiet or not messages().is_terminal:
+        yield lambda what: None
+        return
+    with messages().status(what) as status:
+        yield status.update
 
 
 class Interruption:

@@ -299,7 +299,7 @@ class Watch:
         if not self.quiet and console.messages().is_terminal:
             self.bar = console.progress()
             self.runs = self.bar.add_task("runs", total=None)
-            self.steps = self.bar.add_task("", total=None)
+            self.steps = self.bar.add_task("reading the data", total=None)
             self.bar.start()
         return self
 
@@ -477,8 +477,9 @@ def make_report(
     if out is not None:
         _check_place(out)
     store = Store(directory)
-    left_out = [] if data is None else restore_answers(store, data)
-    report = write_report(store, out)
+    with console.working(quiet, "reading what is right on dev") as tell:
+        left_out = [] if data is None else restore_answers(store, data)
+        report = write_report(store, out, on_part=tell)
     folder = out if out is not None else directory / "report"
     found: dict[str, Any] = {
         "title": report.title, "report": str(folder), "page": str(folder / "report.html"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +65,7 @@ def write_report(
     *,
     formats: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
+    on_part: Callable[[str], object] | None = None,
 ) -> Report:
     """Write the report of an experiment and return what it says.
 
@@ -78,6 +79,7 @@ def write_report(
         out: a folder; None: ``report`` in the experiment's directory.
         formats: some of :data:`FORMATS`; None: all, without figures where matplotlib is missing.
         resamples: of the bootstrap.
+        on_part: told what is made next: of thousands of runs it takes a minute.
 
     Raises:
         UsageError: an unknown format, or fewer than 100 resamples.
@@ -85,14 +87,19 @@ def write_report(
         BitfitError: a file cannot be written.
     """
     wanted, left_out = _check(formats, resamples)
+    tell = on_part or (lambda part: None)
+    tell("reading the records")
     folder = out if out is not None else store.directory / "report"
     results = Results(store)
     draws = Draws(results, resamples)
     title = str(results.experiment.get("title") or results.experiment.get("name") or "Experiment")
+    tell("comparing the rows")
     said, tables = sections(draws), all_tables(draws)
+    tell("drawing the figures")
     drawings = draw_figures(draws) if "figures" in wanted else []
     writer = _Writer(folder)
     svgs = _write_figures(writer, drawings)
+    tell("writing the tables")
     runs = Path(os.path.relpath(store.directory / "runs", folder)).as_posix()
     if "csv" in wanted:
         for table in tables:
