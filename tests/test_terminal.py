@@ -72,7 +72,8 @@ def test_a_sweep_counts_its_runs(on_terminal, checkpoint, data, tmp_path):
     )  # fmt: skip
     assert code == 0, seen
     assert "runs" in seen
-    assert "2/2" in seen
+    assert "[1/2] Frozen" in seen
+    assert "[2/2] Frozen" in seen
     assert "\x1b[?25l" in seen  # there was a bar
 
 

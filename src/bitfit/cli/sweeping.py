@@ -363,11 +363,11 @@ class Watch:
             self._say(f"measuring {what}")
 
     def _finished(self, event: GroupFinished) -> None:
-        self.done += len(event.results)
-        self._count()
-        # Where the two protocols choose two rates, there are more runs than were counted on.
-        place = f"{self.done}/{max(self.total, self.done)}"
         for result in event.results:
+            self.done += 1
+            self._count()
+            # Where the two protocols choose two rates, there are more runs than were counted on.
+            place = f"{self.done}/{max(self.total, self.done)}"
             record = result.record
             name = f"{record['row']} on {record['task']['name']}"
             rate, seed = record["config"]["learning_rate"], record["config"]["seed"]
