@@ -1430,8 +1430,8 @@ def test_an_experiment_that_cannot_begin_does_not_end_those_behind_it(
     assert begun == []  # days later it would have been as wrong
 
 
-def test_a_submission_that_cannot_be_made_is_lacking_and_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_submission_that_cannot_be_made_ends_nothing_and_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from bitfit.cli import sweeping
 
@@ -1451,9 +1451,15 @@ def test_a_submission_that_cannot_be_made_is_lacking_and_ends_nothing(
     order = sweeping.Ordered(
         sweeping.builtin_grid("figure2"), tmp_path, sweeping.Settings(data=tmp_path)
     )
-    found = sweeping._run(order, {"quiet": True, "submission": True}, as_json=True)
-    assert "the submission: " in found["lacks"][0]
-    assert "no finished run of bias tuning on a GLUE task" in found["lacks"][0]
+    given = {"quiet": True, "submission": True, "ray": None, "name": "all"}
+    with pytest.raises(typer.Exit) as end:
+        sweeping.run_grids([order, order], given, dry_run=False, as_json=True)
+    assert end.value.exit_code == 1
+    out, err = capsys.readouterr()
+    both = json.loads(out)
+    assert len(both) == 2
+    assert "no finished run of bias tuning on a GLUE task" in both[0]["submission_error"]
+    assert "no submission: " in err
 
 
 def test_what_an_experiment_cannot_mean_names_the_option(tmp_path: Path, run: Run) -> None:

@@ -527,7 +527,9 @@ def test_the_share_is_known_without_a_run_of_full_fine_tuning(tmp_path):
 def test_tasks_without_any_run_are_named(tmp_path):
     sample = Sample(tmp_path, rows=["BitFit"], tasks=["rte", "cola"])
     sample.done("BitFit", RTE)
-    assert "(row, task and seed without any run): all of CoLA." in words_of(sample)["setup"]
+    assert (
+        "(row, task and seed without any run), among them all of CoLA." in words_of(sample)["setup"]
+    )
 
 
 def test_figures_of_names_that_look_alike_are_files_of_their_own():
@@ -605,6 +607,21 @@ def test_a_mismatched_half_is_scored_at_the_epoch_that_each_protocol_chose(tmp_p
         assert results.summary(way, results.lines[0], mm).mean == choice.epoch / 10
     (row,) = as_dicts(tables_of(sample)["mean-split"])
     assert row["mnli-mm"] not in (None, "–")
+
+
+def test_a_mismatched_half_that_some_runs_lack_is_no_mean_of_the_others(tmp_path):
+    sample = Sample(tmp_path, rows=["BitFit", "Frozen"], tasks=["mnli", "rte"])
+    for row in ("BitFit", "Frozen"):
+        for seed in (0, 1):
+            more = {"dev_mismatched": {"accuracy": 0.5}} if (row, seed) != ("Frozen", 1) else None
+            sample.done(row, MNLI, seed=seed, more=more)
+        sample.done(row, RTE)
+    rows = as_dicts(tables_of(sample)["mean-paper"])
+    assert [row["mnli-mm"] for row in rows] == ["50.0 ± 0.0", "–"]
+    plain = [
+        np.mean([float(row[key].split(" ")[0]) for key in ("mnli", "rte")]) for row in rows
+    ]  # fmt: skip
+    assert [float(row["average"]) for row in rows] == pytest.approx(plain, abs=0.06)
 
 
 def test_undefined_scores_are_counted_where_a_mean_stands_alone():

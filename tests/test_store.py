@@ -118,6 +118,27 @@ def test_who_slept_while_its_group_was_taken_over_takes_nothing_from_the_other(s
     assert store.read_epoch("group", "01", 1) is None
 
 
+def test_a_machine_that_changes_its_name_keeps_its_claims(store, monkeypatch):
+    store.claim("group", ["01"], 1)
+    monkeypatch.setattr("socket.gethostname", lambda: "on-another-network")
+    manifest = store.directory / "work" / "group.json"
+    os.utime(manifest, (0, 0))
+    store.beat("group")
+    assert store.claims()[0].is_alive
+    store.end("group")
+    assert store.claims() == []
+
+
+def test_a_record_that_another_process_forgets_is_no_damage(store, monkeypatch):
+    record = {"state": "failed", "row": "r", "base": "b", "task": {}, "train_rows": 0, "config": {}}
+    for name in ("01", "02"):
+        store.write(Result(record={**record, "id": name}))
+    listed = store._files("runs", ".json")
+    store.forget("01")
+    monkeypatch.setattr(store, "_files", lambda *place: listed)
+    assert store.finished() == {"02": "failed"}
+
+
 def test_a_claim_of_this_process_that_it_does_not_hold_is_not_alive(store, monkeypatch):
     """A container that is started again has the host name and process ids of the killed one."""
     store.claim("group", ["01"], 1)

@@ -37,7 +37,7 @@ from bitfit.experiments.executor import LocalExecutor
 from bitfit.experiments.grid import Row, parse_grid
 from bitfit.experiments.material import Material
 from bitfit.experiments.plan import Planner, make_group, most_lanes
-from bitfit.experiments.protocol import choose, paper_scores, task_of
+from bitfit.experiments.protocol import EpochScores, choose, paper_scores, task_of
 from bitfit.experiments.report.write import write_report
 from bitfit.experiments.store import Result, Store
 from bitfit.experiments.sweep import GroupFinished, GroupStarted, Planned, Settings, Sweep, Waiting
@@ -141,6 +141,40 @@ def test_a_mismatched_half_of_dev_is_predicted_and_scored_at_every_epoch(checkpo
     other = Store(tmp_path / "other")
     Sweep(grid, other.directory, Settings(data=data, lanes=3, threads=1, reuse=[out])).run()
     assert other.more_answers(records[0]) == store.more_answers(records[0])
+    shutil.rmtree(other.directory / "references")
+    restored = Store(other.directory)
+    assert restore_answers(restored, data) == []
+    assert restored.more_answers(records[0]) == store.more_answers(records[0])
+
+
+def test_a_rate_is_chosen_by_answers_that_come_with_another_row(
+    finished, checkpoint, data, tmp_path, monkeypatch
+):
+    """Reused runs may come without them; then both protocols have a choice, and both are made."""
+    origin = tmp_path / "origin"
+    shutil.copytree(finished[0], origin)
+    shutil.rmtree(origin / "references")
+    split = EpochScores([0.0], [0.0]), EpochScores([1.0], [1.0])
+
+    def last_rate(record, predictions, answers):
+        if predictions is None or answers is None:
+            return None
+        return split[record["config"]["learning_rate"] == 1e-2]
+
+    monkeypatch.setattr("bitfit.experiments.plan.split_scores", last_rate)
+    monkeypatch.setattr(
+        "bitfit.experiments.plan.paper_scores",
+        lambda record: split[record["config"]["learning_rate"] == 1e-3],
+    )
+    grid = small_grid(checkpoint(), seeds=(0, 1)).only(rows=["BitFit"])
+    whole = small_grid(checkpoint(), seeds=(0, 1)).only(rows=["BitFit", "Full-FT"])
+    Sweep(grid.replace(seeds=(0,)), tmp_path / "a", Settings(data=data, reuse=[origin])).run()
+    for path in (tmp_path / "a" / "references").glob("*"):
+        path.unlink()
+    settings = Settings(data=data, threads=1, lanes=2, reuse=[tmp_path / "a"])
+    Sweep(whole, tmp_path / "out", settings).run()
+    again = Sweep(whole, tmp_path / "out", replace(settings, resume=True)).run()
+    assert again.made == 0
 
 
 def test_rates_are_searched_with_the_first_seed_and_repeated_with_the_others(finished):
@@ -881,7 +915,24 @@ def test_time_that_is_spent_is_not_spent_on_measuring(checkpoint, data, tmp_path
     sweep.store.let_go("0" * 16)
     assert sweep.run().made == 0
     assert [claim.group for claim in sweep.store.claims()] == ["0" * 16]
-    assert small_sweep(checkpoint(), str(data), str(out)).run().failed == []
+
+
+def test_time_that_a_measurement_took_is_not_spent_on_smaller_ones(
+    checkpoint, data, tmp_path, monkeypatch
+):
+    now, asked = [0.0], []
+
+    def slow(clock, group):
+        asked.append(len(group.runs))
+        now[0] += 50.0
+        return 1000.0
+
+    monkeypatch.setattr(Clock, "seconds", slow)
+    settings = Settings(data=data, threads=1, lanes=4, budget_seconds=10.0)
+    sweep = Sweep(small_grid(checkpoint()), tmp_path / "out", settings)
+    monkeypatch.setattr(sweep, "_time_left", lambda: 10.0 - now[0])
+    assert sweep.run().made == 0
+    assert asked == [4]
 
 
 def test_of_runs_that_are_too_long_together_those_that_fit_are_made(
@@ -938,8 +989,12 @@ def test_one_base_under_two_names_is_refused(checkpoint, data, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint(), copy)
     grid = small_grid(checkpoint()).replace(base=(checkpoint(), str(copy))).only(rows=["Frozen"])
-    with pytest.raises(UsageError, match="under another name"):
-        Sweep(grid, tmp_path / "out", Settings(data=data, threads=1, lanes=2)).run()
+    sweep = Sweep(grid, tmp_path / "out", Settings(data=data, threads=1, lanes=2))
+    with pytest.raises(UsageError, match="are the same: leave one out"):
+        sweep.run()
+    assert sweep.store.records() == []  # before days of the first
+    with pytest.raises(UsageError, match="are the same: leave one out"):
+        dry_run(grid, tmp_path / "none", Settings(data=data, threads=1))
 
 
 def test_missing_data_is_refused_or_left_out(checkpoint, data, tmp_path):

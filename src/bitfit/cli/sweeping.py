@@ -135,8 +135,7 @@ def run_grids(
         if not dry_run:
             settings = order.settings
             check_begins(order.grid, order.directory, dtype=settings.dtype, resume=settings.resume)
-    found = []
-    is_broken = False
+    found, kinds = [], set()
     planned: set[str] = set()
     began = time.monotonic()
     with connected(None if dry_run else given["ray"]):  # once for all grids
@@ -157,17 +156,19 @@ def run_grids(
             except BitfitError as error:  # of several grids, one whose data or base is not there
                 if len(orders) == 1:
                     raise
-                is_broken = is_broken or not isinstance(error, DataError)
+                kinds.add(type(error))
                 console.note(f"left out {order.grid.name}: {error}")
                 found.append({"name": order.grid.name, "error": str(error)})
     if dry_run and len(orders) > 1 and not as_json:
         _show_sum([one for one in found if "error" not in one])
     if found and all("error" in one for one in found):
-        raise DataError("; ".join(one["error"] for one in found))
+        kind = UsageError if kinds == {UsageError} else DataError
+        raise kind("; ".join(dict.fromkeys(one["error"] for one in found)))
     if as_json:
         console.print_json(found if given.get("name") == "all" else found[0])
     # They are listed, and whoever waits is told too.
-    if is_broken or any(one.get("failed") for one in found):
+    broken = kinds - {DataError}
+    if broken or any(one.get("failed") or "submission_error" in one for one in found):
         raise typer.Exit(1)
 
 
@@ -194,7 +195,8 @@ def _run(order: Ordered, given: Mapping[str, Any], *, as_json: bool) -> dict[str
         try:
             files["submissions"] = _submit(order.directory, data, Path(files["report"]), quiet)
         except (UsageError, DataError) as error:  # the runs are made, and perhaps others to come
-            files["lacks"].append(f"the submission: {error}")
+            files["submission_error"] = str(error)
+            console.note(f"no submission: {error}")
     report = _summary_json(order, summary) | files
     if not as_json:
         _show_summary(order, summary, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,28 @@ def restore_answers(store: Store, data: Path) -> list[str]:
     for record in store.records():
         is_span = record["task"].get("kind") == "span"
         found = store.contexts(record) if is_span else store.answers(record)
-        if record["state"] == "done" and found is None:
+        more = (record["history"][0].get("more") or {}) if record["state"] == "done" else {}
+        is_whole = found is not None and more.keys() <= store.more_answers(record).keys()
+        if record["state"] == "done" and not is_whole:
             lacking[record["data"]["dev"]] = record
     tasks = {task["name"]: GridTask(**task) for task in store.experiment()["grid"]["tasks"]}
     problems = []
     for digest, record in lacking.items():
         name = record["task"]["name"]
         try:
-            examples = _dev_rows(tasks[name], data, record)
+            splits = _splits(tasks[name], data, record)
         except BitfitError as error:
             problems.append(f"{name}: {error}")
             continue
+        examples = splits["dev"]
         if dataset_hash(examples) != digest:
             problems.append(f"{name}: the dev rows in {data} are not those of the experiment")
             continue
-        store.write_answers(record, jsonable(references(examples)), contexts(examples))
+        more = {k: jsonable(references(v)) for k, v in splits.items() if k.startswith("dev_")}
+        store.write_answers(record, jsonable(references(examples)), contexts(examples), more)
     return problems
 
 
-def _dev_rows(task: GridTask, data: Path, record: dict[str, Any]) -> Any:
+def _splits(task: GridTask, data: Path, record: dict[str, Any]) -> Mapping[str, Any]:
     config = data_config(task, data, record["train_rows"], record["data"]["seed"])
-    return read_dataset(config, with_test=False).splits["dev"]
+    return read_dataset(config, with_test=False).splits

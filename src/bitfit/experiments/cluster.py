@@ -30,7 +30,7 @@ from bitfit.experiments.execute import BegunAnew, Event, Group, failed_results, 
 from bitfit.experiments.executor import Outcome, WorkerLost
 from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.runs import command_of
-from bitfit.experiments.store import Result, Store
+from bitfit.experiments.store import Result, Store, host_name
 
 # How often a group is sent to a worker before its runs count as failed.
 TRIES = 4
@@ -63,7 +63,7 @@ def new_job(base: str, conditions: Conditions, data: Path, directory: Path) -> J
     """Return what workers have to know of a base of an experiment, with this process as driver."""
     return Job(
         base=base, conditions=conditions, data=data, directory=directory.absolute(),
-        folder=Path.cwd(), host=socket.gethostname(), pid=os.getpid(), versions=_versions(),
+        folder=Path.cwd(), host=host_name(), pid=os.getpid(), versions=_versions(),
     )  # fmt: skip
 
 
@@ -279,6 +279,8 @@ def _material(job: Job) -> Material:
 def _check_facts(group: Group, material: Material) -> None:
     """Refuse another base or other data under the same name: the runs' ids would be wrong."""
     for run in group.runs:
+        # Read, where they are not kept: facts alone would be those of files as they were before.
+        material.source(run.task, run.train_rows, run.data_seed)
         found = material.facts(run.task, run.train_rows, run.data_seed)
         expected = dict(run.facts)
         for name in (*expected, *(name for name in found if name not in expected)):

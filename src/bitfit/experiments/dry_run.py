@@ -13,11 +13,11 @@ from bitfit.experiments.estimate import Clock
 from bitfit.experiments.execute import Group
 from bitfit.experiments.grid import Grid
 from bitfit.experiments.material import Material, Sources
-from bitfit.experiments.plan import Planner, make_group
+from bitfit.experiments.plan import Planner, make_group, most_lanes
 from bitfit.experiments.runs import Run
 from bitfit.experiments.store import Store
-from bitfit.experiments.sweep import Settings, conditions_of
-from bitfit.training.methods import encoder_parameters
+from bitfit.experiments.sweep import Settings, check_twins, conditions_of
+from bitfit.training.methods import encoder_parameters, make_method
 from bitfit.training.settings import ROW_METHODS
 
 # A task file's document, a record, and what their file system adds.
@@ -63,11 +63,15 @@ def dry_run(
     for other in settings.reuse:
         states |= _done(Store(other).finished())
     finished = shared = state = 0
+    lanes = most_lanes(conditions.device) if settings.lanes == "auto" else int(settings.lanes)
     planned = set() if planned is None else planned
     cut: list[str] = []
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     sources = Sources(settings.data)
     grid, missing = sources.there(grid, skip_missing=settings.skip_missing)
+    if len(grid.base) > 1:
+        places = conditions.dtype, conditions.device
+        check_twins((base, open_encoder(base, *places)) for base in grid.base)
     for base in grid.base:
         encoder = open_encoder(base, conditions.dtype, conditions.device)
         material = Material(encoder, sources)
@@ -88,7 +92,7 @@ def dry_run(
             cell["runs"] += 1
             cell["seconds"] += clock.seconds(group)
             cell["bytes"] += _bytes(run, material)
-            state = max(state, _state_bytes(run, material))
+            state = max(state, _state_bytes(run, material, lanes))
             try:
                 cell["tokens_per_second"] = clock.speed([run], 1)
             except BitfitError as error:  # it would be recorded as failed
@@ -134,19 +138,23 @@ def _new_cell(run: Run) -> dict[str, Any]:
     return dict(zip(keys, _key(run), strict=True)) | counts
 
 
-def _state_bytes(run: Run, material: Material) -> int:
-    """Return about what the state of a run takes while it is made."""
+def _state_bytes(run: Run, material: Material, lanes: int) -> int:
+    """Return about what the state of a run takes while it is made, with those beside it."""
     try:
         lane = material.lane(run)
     except BitfitError:
         return 0
-    encoder = material.encoder
-    trained = lane.layout.n
-    if run.config.method == "full":
-        trained = sum(p.numel() for p in encoder_parameters(encoder, lane.head).values())
+    encoder, method = material.encoder, run.config.method
+    if method in ROW_METHODS:
+        count = lanes * (lane.layout.n + lane.head.size)
+    elif method == "full":
+        count = sum(p.numel() for p in encoder_parameters(encoder, lane.head).values())
+        count += lane.head.size
+    else:
+        count = sum(t.numel() for t in make_method(encoder, [lane], 1).tensors)
     # fp32: the numbers, Adam's two moments and the best epoch's; the new state stands beside the
     # old one until it replaces it.
-    return 2 * 4 * 4 * (trained + lane.head.size)
+    return 2 * 4 * 4 * count
 
 
 def _bytes(run: Run, material: Material) -> int:

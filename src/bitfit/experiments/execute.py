@@ -142,6 +142,8 @@ class _Work:
             },
         )
         self.peak: int | None = None
+        # Before a method adds its own, as adapters are.
+        self.sizes = {k: count_parameters(encoder, v.head.pooling) for k, v in lanes.items()}
 
     def done(
         self,
@@ -240,7 +242,7 @@ class _Work:
             "change": bias_change(file) if run.config.method == "bitfit" else None,
             "trainable": {
                 "encoder": trainer.method.encoder_count(lane.layout), "head": lane.head.size,
-                "of": count_parameters(trainer.encoder, lane.head.pooling),
+                "of": self.sizes[run.id],
             },
             "cost": self._cost(lane, began, data),
         }  # fmt: skip

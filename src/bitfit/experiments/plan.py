@@ -67,7 +67,7 @@ class Planner:
         self._runs: dict[tuple[Any, ...], Run] = {}
         # By cell: the states of the runs that were chosen from, and the rates.
         self._chosen: dict[tuple[Any, ...], tuple[dict[str, str], list[float]]] = {}
-        self._halves: dict[str, EpochScores | None] = {}
+        self._halves: dict[str, EpochScores] = {}
         self._before = self._finished_before()
         self._seeds_before = store.experiment().get("seeds", []) if store.exists else []
         self._refuse_twins()
@@ -163,6 +163,8 @@ class Planner:
             found = [choose(records, scores_of) for scores_of in (paper_scores, self._on_halves)]
             choices = [choice for cells in found for each in cells.values() for choice in each]
             rates = sorted({choice.record["config"]["learning_rate"] for choice in choices})
+            if any(r["state"] == "done" and r["id"] not in self._halves for r in records):
+                return rates  # answers that are not here may come with another row's runs
             self._chosen[key] = whole, rates
         return self._chosen[key][1]
 
@@ -170,6 +172,8 @@ class Planner:
         run_id, store = record["id"], self.store
         if run_id not in self._halves:
             scores = split_scores(record, store.predictions(record), store.answers(record))
+            if scores is None:
+                return None
             self._halves[run_id] = scores
         return self._halves[run_id]
 

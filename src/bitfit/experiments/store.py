@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +180,17 @@ class Store:
         found = {}
         for path in self._files("runs", ".json"):
             # Asked for at every claim. What is done stays so; what failed another may try again.
-            if path.stem not in self._done and (state := _read_record(path)["state"]) != "done":
-                found[path.stem] = state
+            if path.stem in self._done:
+                found[path.stem] = "done"
                 continue
-            self._done.add(path.stem)
-            found[path.stem] = "done"
+            try:
+                found[path.stem] = _read_record(path)["state"]
+            except BitfitError:
+                if path.exists():
+                    raise
+                continue  # another process forgot it since the folder was listed
+            if found[path.stem] == "done":
+                self._done.add(path.stem)
         return found
 
     def is_finished(self, run_id: str) -> bool:
@@ -318,14 +324,14 @@ class Store:
         return note is not None and (note["host"], note["pid"]) == (host, pid)
 
     def _is_ours(self, group: str) -> bool:
-        return self.is_claimed_by(group, socket.gethostname(), os.getpid())
+        return self.is_claimed_by(group, host_name(), os.getpid())
 
     def claim(self, group: str, runs: Sequence[str], lanes: int) -> None:
         """Take a group, or take it over from a process that is no more. Hold the lock for this."""
         note = {
             "runs": list(runs),
             "lanes": lanes,
-            "host": socket.gethostname(),
+            "host": host_name(),
             "pid": os.getpid(),
         }
         _write_json(self._manifest(group), note)
@@ -417,11 +423,20 @@ def _claim(path: Path) -> list[tuple[Claim, float]]:
     if note is None:
         return []
     alive = bool(note["host"]) and time.time() - since < STALE_SECONDS
-    if note["host"] == socket.gethostname():
+    if note["host"] == host_name():
         is_ours = note["pid"] == os.getpid()
         alive = alive and (path.resolve() in _own if is_ours else _is_running(note["pid"]))
     claim = Claim(path.stem, note["runs"], note["lanes"], note["host"], note["pid"], alive)
     return [(claim, since)]
+
+
+@lru_cache
+def host_name() -> str:
+    """Return this machine's name, the same for as long as the process lives.
+
+    A laptop may have another on another network, and its claims are still its own.
+    """
+    return socket.gethostname()
 
 
 def _is_running(pid: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +148,8 @@ class Settings:
     lanes: int | str = "auto"
     """Runs side by side: ``auto`` measures it once for each task and records it."""
     budget_seconds: float | None = None
-    """Begin nothing that would probably end later than this; None: no limit."""
+    """Begin nothing that would probably end later than this; what was begun before is gone on with
+    while any time is left. None: no limit."""
     resume: bool = False
     """Go on in a directory that holds this experiment, or join those who work on it."""
     move: bool = False
@@ -229,6 +230,8 @@ class Sweep:
         tell = on_event or (lambda event: None)
         if self._moved is not None:
             tell(self._moved)
+        if len(self.grid.base) > 1:
+            check_twins((base, self.open_base(base)) for base in self.grid.base)
         with connected(self.settings.ray):
             for base in self.grid.base:
                 self._run_base(base, tell, should_stop)
@@ -279,11 +282,6 @@ class Sweep:
         planner = Planner(
             self.grid, base, material, self.store, also=self.conditions.earlier_dtypes
         )
-        if self._own & {run.id for run in planner.search()}:
-            raise UsageError(
-                f"base {base!r} is one of those before it under another name: their runs are the "
-                "same, leave one out"
-            )
         self._prepare(planner)
         done, total = self._progress(planner)
         tell(Planned(base, done, total, self.summary.missing_tasks, planner.cut_sizes()))
@@ -419,14 +417,11 @@ class Sweep:
                     group = first_group(
                         runs, lambda alike: self._lanes_for(alike, clock.material, tell)
                     )
-                    if (part := self._that_fits(group, clock)) is not None:
+                    if (part := self._that_fits(group, clock, should_stop)) is not None:
                         return part
                 left_out |= {run.id: run for run in (runs if group is None else group.runs)}
                 runs = [run for run in runs if run.id not in left_out]
-                if should_stop is not None and should_stop():
-                    raise TrainingInterrupted(
-                        f"stopped; the same command with --resume goes on in {self.store.directory}"
-                    )
+                self._check_goes_on(should_stop)
         return None
 
     def _lanes_for(self, runs: Sequence[Run], material: Material, tell: Listener) -> int:
@@ -454,13 +449,22 @@ class Sweep:
             self.store.write_experiment(experiment)
         return lanes[key]
 
-    def _that_fits(self, group: Group, clock: Clock) -> Group | None:
+    def _check_goes_on(self, should_stop: Callable[[], bool] | None) -> None:
+        if should_stop is not None and should_stop():
+            raise TrainingInterrupted(
+                f"stopped; the same command with --resume goes on in {self.store.directory}"
+            )
+
+    def _that_fits(
+        self, group: Group, clock: Clock, should_stop: Callable[[], bool] | None
+    ) -> Group | None:
         """Return the group, or the first of its runs, so that the time suffices; None: for none."""
         if self.settings.budget_seconds is None:
             return group
         while clock.seconds(group) > self._time_left():
-            if len(group.runs) == 1:
+            if len(group.runs) == 1 or self._time_left() <= 0:
                 return None
+            self._check_goes_on(should_stop)
             group = make_group(group.runs[: len(group.runs) // 2], group.lanes)
         return group
 
@@ -501,6 +505,21 @@ class Sweep:
         if not self.store.is_finished(run_id):
             return True
         return bool(state == "done" and self.store.record(run_id)["state"] == "failed")
+
+
+def check_twins(bases: Iterable[tuple[str, Encoder]]) -> None:
+    """Refuse one base under two names: the runs of one name would be those of the other.
+
+    Raises:
+        UsageError: with both names.
+    """
+    names: dict[tuple[Any, ...], str] = {}
+    for name, encoder in bases:
+        base = encoder.base
+        key = base.identity.sha256, base.identity.config_hash, base.tokenizer_sha256, base.pooling
+        other = names.setdefault(key, name)
+        if other != name:
+            raise UsageError(f"bases {other!r} and {name!r} are the same: leave one out")
 
 
 def _place(run: Run) -> dict[str, Any]:

@@ -200,7 +200,8 @@ class Results:
             scores = tuple(c.score for c in choices)
             return Summary(scores, tuple(c.record["id"] for c in choices))
         found = [(c.record["id"], self._mismatched(c.record, c.epoch)) for c in choices]
-        found = [(run, scores) for run, scores in found if scores]
+        if not all(scores for _, scores in found):
+            return Summary(())  # a mean over some of the seeds would be beside those over all
         return Summary(
             tuple(to_float(scores.get(column.metric)) for _, scores in found),
             tuple(run for run, _ in found),
@@ -225,11 +226,13 @@ class Results:
         for those of full fine-tuning.
         """
         known = [r for r in self.done if r.get("trainable") and r["base"] == line.base]
-        whole = [r["trainable"]["of"] for r in known if "of" in r["trainable"]] or [
-            r["trainable"]["encoder"] for r in known if r["config"]["method"] == "full"
-        ]
-        own = [r["trainable"]["encoder"] for r in known if self.line_of(r) == line]
-        return sum(own) / len(own) / whole[0] if own and whole else None
+        full = [r["trainable"]["encoder"] for r in known if r["config"]["method"] == "full"]
+        counts = [
+            (r["trainable"]["encoder"], r["trainable"].get("of") or (full[0] if full else None))
+            for r in known if self.line_of(r) == line
+        ]  # fmt: skip
+        shares = [own / whole for own, whole in counts if whole]
+        return sum(shares) / len(shares) if shares else None
 
     def runs(self, line: Line, task: str) -> list[dict[str, Any]]:
         """Return every finished run of a cell, at any rate."""

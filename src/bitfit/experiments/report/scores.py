@@ -110,7 +110,8 @@ def _printed(results: Results, line: Line, column: TaskColumn) -> float | None:
 def _wide(
     results: Results, key: str, title: str, way: str, make: MakeCell, notes: Sequence[str]
 ) -> Table | None:
-    rows = [_wide_row(results, way, line, make) for line in results.lines]
+    whole = [c for c in results.columns if _is_whole(results, way, c)]
+    rows = [_wide_row(results, way, line, make, whole) for line in results.lines]
     if not any(cell.text != DASH for row in rows for cell in row[1 : len(results.columns) + 1]):
         return None
     columns = [Column("row", "row", False), *(Column(c.key, c.title) for c in results.columns)]
@@ -125,7 +126,9 @@ def _wide(
     if limits:
         extra.append(f"Trained on a part of the rows: {limits}.")
     if len(results.columns) > 1:
-        extra.append("average: the mean of the columns, where none is missing.")
+        left = [c.title for c in results.columns if c.split != "dev" and c not in whole]
+        but = f" but {', '.join(left)}, which runs of an earlier version lack" if left else ""
+        extra.append(f"average: the mean of the columns{but}, where none is missing.")
     extra += _mark_note(results, rows)
     base, where = _printed_base(results)
     if base:
@@ -138,7 +141,15 @@ def _wide(
     )
 
 
-def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[Cell, ...]:
+def _is_whole(results: Results, way: str, column: TaskColumn) -> bool:
+    """Whether every line that has runs of a column's task has scores there."""
+    lines = [line for line in results.lines if results.choices(way, line, column.task)]
+    return all(results.summary(way, line, column).scores for line in lines)
+
+
+def _wide_row(
+    results: Results, way: str, line: Line, make: MakeCell, whole: Sequence[TaskColumn]
+) -> tuple[Cell, ...]:
     made = [make(line, column) for column in results.columns]
     made = [
         (_marked(results, line, column, cell), value)
@@ -146,10 +157,10 @@ def _wide_row(results: Results, way: str, line: Line, make: MakeCell) -> tuple[C
     ]
     cells = [text(results.label(line)), *(cell for cell, _ in made)]
     if len(results.columns) > 1:
-        # Runs of earlier versions lack MNLI's mismatched half under split, and would leave none.
+        # Runs of earlier versions may lack MNLI's mismatched half under split: no average has it.
         average = mean_column([
-            value for column, (cell, value) in zip(results.columns, made, strict=True)
-            if way == "paper" or column.split == "dev" or cell.text != DASH
+            value for column, (_, value) in zip(results.columns, made, strict=True)
+            if column.split == "dev" or column in whole
         ])  # fmt: skip
         value = none_if_nan(average)
         runs = () if value is None else (run for cell, _ in made for run in cell.runs)

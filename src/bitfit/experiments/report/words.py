@@ -55,7 +55,8 @@ def counts_text(results: Results) -> str:
     made = {record["task"]["name"] for record in results.records}
     if none := [name for name in results.experiment.get("tasks", ()) if name not in made]:
         names = ", ".join(task_title(name) for name in none)
-        return f"{found}, {missing} missing (row, task and seed without any run): all of {names}."
+        found += f", {missing} missing (row, task and seed without any run)"
+        return f"{found}, among them all of {names}."
     return f"{found}, {missing} missing (row, task and seed without any run)."
 
 
