@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bitfit.experiments.answers import restore_answers
@@ -355,6 +356,27 @@ def test_what_is_said_of_differences_is_what_the_reports_say():
         "at the smaller sizes two seeds are too few to say so"
     ) in said
     assert {word for *_, word in squad.values()} == {"too few seeds"}
+
+
+def test_what_is_said_of_single_terms_is_what_the_report_says():
+    said = plain(REPRODUCE.read_text("utf-8"))
+    rows = rows_of("terms-minilm", "Mean over the seeds, protocol paper")
+    score = {r["row"]: r["STS-B"] for r in rows}
+    alone = sorted((k for k in score if k.endswith("alone")), key=lambda k: -float(score[k]))
+    first, second = (f"{k.removesuffix(' alone')} " for k in alone[:2])
+    assert f"Of single terms {first}is the best ({score[alone[0]]}), {second}the next" in said
+    assert f"({score[alone[1]]}); leaving out any one" in said
+    lost = [float(r["difference"]) for r in rows_of(
+        "terms-minilm", "Differences to the reference row, protocol paper"
+    ) if r["row"].startswith("without")]  # fmt: skip
+    assert len(lost) == 8
+    assert f"costs at most {-min(lost):.1f} points" in said
+    words = [r["the prediction"] for r in rows_of("terms-minilm", "Two predictions of the theory")]
+    assert words == ["not contradicted", "not decided"]
+    store = Store(KEPT / "terms-minilm")
+    runs = {r["row"]: store.kept_predictions(r["id"])["dev"] for r in store.records()}
+    for one, other in (("b_k alone", "Frozen"), ("without b_k", "BitFit")):
+        assert np.abs(np.array(runs[one]) - np.array(runs[other])).max() < 1e-5
 
 
 KEPT = ROOT / "experiments" / "results"
