@@ -1464,6 +1464,7 @@ def test_a_submission_that_cannot_be_made_ends_nothing_and_is_a_failure(
 
 def test_what_an_experiment_cannot_mean_names_the_option(tmp_path: Path, run: Run) -> None:
     here, file = ("--data", tmp_path), write_rows(tmp_path / "rows.csv")
+    below = f"the folder {file} cannot be written to (Not a directory); choose another"
     for arguments, code, message in (
         (("reproduce", "table9", *here), 2, "Known: table1, table2, table3, table6, figure1, "),
         (("reproduce", "table9", *here), 2, "layers, peft, curves, all"),
@@ -1471,12 +1472,8 @@ def test_what_an_experiment_cannot_mean_names_the_option(tmp_path: Path, run: Ru
         (("reproduce", "table3", *here, "--move"), 2, "give --resume too, or --reuse DIR"),
         (("reproduce", "table3", "--data", tmp_path / "no"), 1, "no: no such directory"),
         (("sweep", tmp_path / "no.toml", *here), 1, "no.toml: cannot be read: No such file"),
-        (
-            ("report", tmp_path, "--out", file / "x"),
-            2,
-            f"--out {file / 'x'}: {file} is a file; exp",
-        ),
-        (("reproduce", "table3", *here, "--out", file / "x"), 2, f"{file} is a file; expected a "),
+        (("report", tmp_path, "--out", file / "x"), 2, f"--out {file}/x: {below}"),
+        (("reproduce", "table3", *here, "--out", file / "x"), 2, f"--out {file}/x: {below}"),
         (("reproduce", "table3", *here, "--out", "/proc/x"), 2, "--out /proc/x: the folder /"),
     ):
         found, _, err = run(*arguments)

@@ -46,7 +46,7 @@ from bitfit.experiments.sweep import (
     Waiting,
 )
 from bitfit.precision import precision_here
-from bitfit.storage import check_folder
+from bitfit.training.plan import check_out_folder
 from bitfit.training.train import LaneDropped, StepDone
 
 _UNITS = {"h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
@@ -105,22 +105,6 @@ def _own_part(given: Mapping[str, Any], grid: Grid) -> dict[str, Any] | None:
     return own
 
 
-def _check_place(directory: Path) -> None:
-    """Refuse a directory that cannot hold an experiment before data are read and steps timed."""
-    try:
-        check_folder(directory)
-    except NotADirectoryError as error:
-        raise UsageError(
-            f"--out {directory}: {error.filename} is a file; expected a directory, or the name of "
-            "one to make"
-        ) from error
-    except OSError as error:
-        raise UsageError(
-            f"--out {directory}: the folder {error.filename} cannot be written to "
-            f"({error.strerror or error}); choose another with --out"
-        ) from error
-
-
 def run_grids(
     orders: Sequence[Ordered], given: Mapping[str, Any], *, dry_run: bool, as_json: bool
 ) -> None:
@@ -131,7 +115,7 @@ def run_grids(
         typer.Exit: runs failed, or one of several experiments: the exit code is 1.
     """
     for order in orders:
-        _check_place(order.directory)
+        check_out_folder(order.directory, order.directory)
         if not dry_run:
             settings = order.settings
             check_begins(order.grid, order.directory, dtype=settings.dtype, resume=settings.resume)
@@ -477,7 +461,7 @@ def make_report(
     if data is not None and not data.is_dir():
         raise DataError(f"--data {data}: no such directory")
     if out is not None:
-        _check_place(out)
+        check_out_folder(out, out)
     store = Store(directory)
     with console.working(quiet, "reading what is right on dev") as tell:
         left_out = [] if data is None else restore_answers(store, data)

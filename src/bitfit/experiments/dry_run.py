@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitfit.encoder import open_encoder
+from bitfit.encoder import Encoder, open_encoder
 from bitfit.errors import BitfitError
 from bitfit.experiments.conditions import Conditions
 from bitfit.experiments.estimate import Clock
-from bitfit.experiments.execute import Group
 from bitfit.experiments.grid import Grid
 from bitfit.experiments.material import Material, Sources
 from bitfit.experiments.plan import Planner, make_group, most_lanes
 from bitfit.experiments.runs import Run
 from bitfit.experiments.store import Store
 from bitfit.experiments.sweep import Settings, check_twins, conditions_of
+from bitfit.training.lane import Lane
 from bitfit.training.methods import encoder_parameters, make_method
 from bitfit.training.settings import ROW_METHODS
 
@@ -88,15 +88,17 @@ def dry_run(
             cell = cells.setdefault(_key(run), _new_cell(run))
             if on_cell is not None and not cell["runs"]:
                 on_cell(f"{run.row.name} on {run.task.name}")
-            group: Group = make_group([run], 1)
             cell["runs"] += 1
-            cell["seconds"] += clock.seconds(group)
-            cell["bytes"] += _bytes(run, material)
-            state = max(state, _state_bytes(run, material, lanes))
+            cell["bytes"] += _RUN_BYTES
             try:
+                lane = material.lane(run)
                 cell["tokens_per_second"] = clock.speed([run], 1)
+                state = max(state, _state_bytes(lane, encoder, lanes))
             except BitfitError as error:  # it would be recorded as failed
                 cell["error"] = str(error)
+                continue
+            cell["seconds"] += clock.seconds(make_group([run], 1))
+            cell["bytes"] += _bytes(lane)
     listed = list(cells.values())
     return {
         "name": grid.name, "title": grid.title, "directory": str(directory), "cells": listed,
@@ -138,13 +140,9 @@ def _new_cell(run: Run) -> dict[str, Any]:
     return dict(zip(keys, _key(run), strict=True)) | counts
 
 
-def _state_bytes(run: Run, material: Material, lanes: int) -> int:
+def _state_bytes(lane: Lane, encoder: Encoder, lanes: int) -> int:
     """Return about what the state of a run takes while it is made, with those beside it."""
-    try:
-        lane = material.lane(run)
-    except BitfitError:
-        return 0
-    encoder, method = material.encoder, run.config.method
+    method = lane.config.method
     if method in ROW_METHODS:
         count = lanes * (lane.layout.n + lane.head.size)
     elif method == "full":
@@ -157,12 +155,8 @@ def _state_bytes(run: Run, material: Material, lanes: int) -> int:
     return 2 * 4 * 4 * count
 
 
-def _bytes(run: Run, material: Material) -> int:
-    """Return about what a run leaves on disk."""
-    try:
-        lane = material.lane(run)
-    except BitfitError:  # cannot be made: only its record is kept
-        return _RUN_BYTES
-    kept = 4 * (lane.layout.n + lane.head.size) if run.config.method in ROW_METHODS else 0
-    predictions = 2 * len(lane.dev.features.items) * run.config.epochs if lane.dev else 0
-    return _RUN_BYTES + kept + predictions
+def _bytes(lane: Lane) -> int:
+    """Return about what a run leaves on disk beside its record."""
+    kept = 4 * (lane.layout.n + lane.head.size) if lane.config.method in ROW_METHODS else 0
+    scored = [split for split in (lane.dev, *lane.more.values()) if split is not None]
+    return kept + 2 * lane.config.epochs * sum(len(split.features.items) for split in scored)

@@ -51,11 +51,11 @@ class Clock:
         """Return the tokens per second of a kind of runs, measured once.
 
         Raises:
-            BitfitError: the first of them cannot be made.
+            BitfitError: the first of them cannot be made, and no other of its kind was measured.
         """
-        kind, lane = _kind(runs[0], lanes), self.material.lane(runs[0])
+        kind = _kind(runs[0], lanes)
         if kind not in self.speeds:
-            side_by_side = [lane] * lanes
+            side_by_side = [self.material.lane(runs[0])] * lanes
             self.speeds[kind] = training_speed(self.material.encoder, side_by_side)
         return self.speeds[kind]
 

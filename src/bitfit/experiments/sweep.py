@@ -367,8 +367,7 @@ class Sweep:
             alive = [c for c in claims if c.is_alive or c.group in held.groups]
             group = self._take_over(planner, [c for c in claims if c not in alive])
             if group is None:
-                taken = [run_id for claim in alive for run_id in claim.runs]
-                taken += left_out
+                taken = [*(run_id for claim in alive for run_id in claim.runs), *left_out]
                 group = self._take_new(planner, clock, taken, left_out, tell, should_stop)
             if group is not None:
                 self.store.claim(group.id, [run.id for run in group.runs], group.lanes)

@@ -103,9 +103,9 @@ def check_out(out: str | Path | None, storage: str, method: str) -> None:
         ) from error
     # A link is written through; its state stands beside the link.
     for place in dict.fromkeys((path, Path(os.path.realpath(path)))):
-        _check_folder(path, place.parent)
+        check_out_folder(path, place.parent)
     if path.is_dir():
-        _check_folder(path, path)
+        check_out_folder(path, path)
 
 
 def _check_replaces(path: Path, method: str) -> None:
@@ -133,8 +133,12 @@ def _check_replaces(path: Path, method: str) -> None:
         )
 
 
-def _check_folder(path: Path, folder: Path) -> None:
-    """Refuse a folder for ``path`` in which no file can be made, not there yet or not."""
+def check_out_folder(path: Path, folder: Path) -> None:
+    """Refuse a folder for the ``out`` that is ``path`` where no file can be made, there or not.
+
+    Raises:
+        UsageError: with the folder, or the file in its place, and the system's reason.
+    """
     try:
         check_folder(folder)
     except OSError as error:

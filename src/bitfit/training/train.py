@@ -159,8 +159,7 @@ class Trainer:
 
         Epochs that end together are saved once the consumer asks for what comes after them: one
         that writes down what they gave, and is killed before that is done, sees them again when it
-        resumes. A
-        consumer that stops iterating leaves the runs resumable: call :meth:`save` then.
+        resumes. A consumer that stops iterating leaves the runs resumable: call :meth:`save` then.
 
         Raises:
             TrainingDiverged: the loss of the only run, or of every one, became NaN or infinite.
